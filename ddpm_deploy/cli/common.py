@@ -1,0 +1,114 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ddpm_deploy.errors import DDPMDeployError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; the runtime's choice if left out.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+
+
+@contextmanager
+def settings(hint: str = "") -> Iterator[None]:
+    """Turns a ValueError about a user's setting into an error of ours.
+
+    Args:
+        hint: What to type instead.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        raise DDPMDeployError(message[:1].upper() + message[1:] + ".", hint=hint) from error
+
+
+def note(text: str) -> None:
+    """Prints a line about the work to stderr."""
+    typer.echo(text, err=True)
+
+
+def print_json(value: Any) -> None:
+    """Prints the result to stdout as JSON."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_table(table: Table) -> None:
+    """Prints a table to stdout, as wide as the terminal, or 80 columns in a pipe."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    console.print(table)
+
+
+class Progress:
+    """A bar on a terminal's stderr, with speed and time left; silent in a pipe but for the end.
+
+    Args:
+        what: What is being done.
+        total: How many units it takes.
+        unit: What they are called.
+    """
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.what, self.total, self.unit = what, total, unit
+        self.done = 0
+        self._start = time.perf_counter()
+        console = Console(stderr=True)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(what, total=total, speed="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._bar.stop()
+        if kind is None:
+            note(f"{self.what}: {self.done} {self.unit} in {self.seconds:.1f} s, {self.speed}")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    @property
+    def speed(self) -> str:
+        """Units a second so far, in words."""
+        return f"{self.done / max(self.seconds, 1e-9):.3g} {self.unit}/s"
+
+    def advance(self, count: int = 1, extra: str = "") -> None:
+        """Counts units that are done; `extra` stands before the speed."""
+        self.done += count
+        speed = f"{extra}, {self.speed}" if extra else self.speed
+        self._bar.update(self._task, advance=count, speed=speed)

@@ -1,0 +1,6 @@
+"""To come."""
+
+
+def command() -> None:
+    """To come."""
+    raise NotImplementedError

@@ -1,0 +1,191 @@
+"""What every engine is, and the door that opens one by its file's suffix."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ddpm_deploy.arrays import Array, Samples, Timesteps
+from ddpm_deploy.errors import EngineError, EngineInputError, MissingDependencyError
+from ddpm_deploy.spec import ModelSpec
+
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
+
+class Engine(ABC):
+    """A network, opened: `engine(x, t, **conditions) -> out`.
+
+    A subclass sets `spec`, `name` and `path` when it opens its file, and fills in `_run`.
+
+    Attributes:
+        spec: What the network is.
+        name: The runtime and device, for tables: `onnxruntime CPU`.
+        path: The file it came from.
+    """
+
+    spec: ModelSpec
+    name: str
+    path: Path
+
+    def __call__(self, x: Samples, t: Timesteps, **conditions: Array) -> Samples:
+        """Runs the network once.
+
+        Args:
+            x: float32, (N, *sample_shape), N >= 1.
+            t: int64, (N,), each 0 to T-1.
+            **conditions: One array for each of `spec.conditions`, (N, *shape) of its dtype.
+
+        Returns:
+            float32, (N, *output_shape); the caller's to keep.
+
+        Raises:
+            EngineInputError: An array has the wrong dtype, shape or range, or a condition is
+                missing or unknown.
+            EngineError: The runtime failed.
+        """
+        n = self._check("x", x, "float32", self.spec.sample_shape, None)
+        self._check("t", t, "int64", (), n)
+        if t.min() < 0 or t.max() >= self.spec.schedule.T:
+            raise EngineInputError(
+                f"t is {t.min()}..{t.max()}; this network has timesteps "
+                f"0..{self.spec.schedule.T - 1}."
+            )
+        wanted = {c.name: c for c in self.spec.conditions}
+        if wanted.keys() != conditions.keys():
+            raise EngineInputError(
+                f"The conditions given are {_names(conditions)}; "
+                f"this engine takes {_names(wanted)}."
+            )
+        for name, condition in wanted.items():
+            value = conditions[name]
+            self._check(name, value, condition.dtype, condition.shape, n)
+            if condition.classes is not None:
+                last = condition.classes - 1 if condition.null is None else condition.null
+                if value.min() < 0 or value.max() > last:
+                    raise EngineInputError(
+                        f"{name} is {value.min()}..{value.max()}; this network has labels 0..{last}."
+                    )
+        return self._run({"x": x, "t": t, **conditions})
+
+    @abstractmethod
+    def _run(self, feeds: Mapping[str, Array]) -> Samples:
+        """Runs the network on checked arrays, by input name."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what identifies the runtime, for reports: JSON's types."""
+        return {"name": self.name, "path": str(self.path)}
+
+    def close(self) -> None:
+        """Gives back what the runtime holds; the engine cannot be called afterwards."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check(
+        self, name: str, value: Array, dtype: str, shape: tuple[int, ...], n: int | None
+    ) -> int:
+        fits = (
+            isinstance(value, np.ndarray)
+            and value.dtype == dtype
+            and value.ndim == 1 + len(shape)
+            and value.shape[1:] == shape
+            and value.shape[0] >= 1
+            and n in {None, value.shape[0]}
+        )
+        if not fits:
+            given = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value)
+            wanted = ", ".join(["N" if n is None else str(n), *map(str, shape)])
+            comma = "" if shape else ","
+            raise EngineInputError(
+                f"{name} is {given}; this engine takes {dtype} ({wanted}{comma}).",
+                hint="Check that the engine was exported for these samples.",
+            )
+        return int(value.shape[0])
+
+
+def open_engine(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    device: str = "auto",
+    spec: ModelSpec | None = None,
+) -> Engine:
+    """Opens a network by its file's suffix.
+
+    Args:
+        path: `.onnx` for ONNX Runtime, a checkpoint (`.pt`, `.pth`, `.ckpt`) for PyTorch, the
+            reference.
+        threads: CPU threads for one call; the runtime's own choice when None.
+        device: `cpu`, `cuda`, or `auto` for CUDA where the runtime has it.
+        spec: What the network is, for a checkpoint that does not say; ignored for other files.
+
+    Raises:
+        EngineError: The file is missing, damaged or of an unknown kind, or the device is not there.
+        SpecError: The file carries no spec that this release reads.
+        CheckpointError: The checkpoint is not a network that this release knows.
+        MissingDependencyError: The runtime is not installed.
+    """
+    path = Path(path)
+    if path.suffix not in {".onnx", ".plan", *CHECKPOINT_SUFFIXES}:
+        raise EngineError(
+            f"{path} is not an engine: its suffix is {path.suffix!r}.",
+            hint="Engines end in .onnx or, for PyTorch, .pt, .pth or .ckpt.",
+        )
+    if path.suffix != ".plan" and not path.is_file():
+        raise EngineError(
+            f"There is no file {path}.",
+            hint="Make it first: ddpm-deploy export CHECKPOINT -o unet.onnx",
+        )
+    match path.suffix:
+        case ".onnx":
+            with needs("onnxruntime", extra="cpu"):
+                from ddpm_deploy.engines.ort import OrtEngine  # noqa: PLC0415
+            return OrtEngine(path, threads=threads, device=device)
+        case ".plan":
+            raise EngineError(
+                f"{path} is a TensorRT plan; this release runs ONNX files and checkpoints.",
+                hint="Run the exported network instead: --engine unet.onnx",
+            )
+        case _:
+            with needs("torch", extra="export"):
+                from ddpm_deploy.engines.pytorch import TorchEngine  # noqa: PLC0415
+            return TorchEngine.open(path, threads=threads, device=device, spec=spec)
+
+
+@contextmanager
+def needs(package: str, *, extra: str) -> Iterator[None]:
+    """Turns a missing package into an error that names the extra to install.
+
+    Args:
+        package: The package that the code inside imports.
+        extra: The extra of ddpm-deploy that brings it.
+
+    Raises:
+        MissingDependencyError: The import inside failed for want of a package.
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = error.name or package
+        raise MissingDependencyError(
+            f"{package} is needed here, and {missing} is not installed ({error}).",
+            hint=f"pip install 'ddpm-deploy[{extra}]'",
+        ) from error
+
+
+def _names(of: Mapping[str, object]) -> str:
+    return ", ".join(of) if of else "none"

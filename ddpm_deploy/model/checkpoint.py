@@ -1,0 +1,256 @@
+"""Reading checkpoints: open without running their code, unwrap, strip, detect, load strictly."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_deploy.errors import CheckpointError
+from ddpm_deploy.files import sha256
+from ddpm_deploy.model.families import DOME272, Family, detect
+from ddpm_deploy.spec import ModelSpec
+
+Weights = Literal["ema", "online"]
+
+OWN_FAMILY = "ddpm-deploy"
+"""Family of checkpoints that `ddpm-deploy train` wrote: dome272's network with a spec."""
+
+_WRAPPERS: Mapping[Weights, tuple[str, ...]] = {
+    "ema": ("ema", "ema_model"),
+    "online": ("model", "model_state_dict", "state_dict", "unet", "net", "net_model"),
+}
+_PREFIXES = ("module.", "_orig_mod.", "model.", "unet.", "ema_model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedNetwork:
+    """A network with its weights, ready to call.
+
+    Attributes:
+        network: In evaluation mode, on the CPU, float32; called with (x, t, *conditions).
+        spec: What it is.
+        weights: Which weights were taken, where the file holds both.
+        assumed: What the file does not say and the family's defaults filled in, a line each.
+    """
+
+    network: nn.Module
+    spec: ModelSpec
+    weights: Weights
+    assumed: tuple[str, ...] = ()
+
+
+def load_network(
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    weights: Weights | None = None,
+    spec: ModelSpec | None = None,
+) -> LoadedNetwork:
+    """Loads a checkpoint as the network it is.
+
+    Args:
+        path: A `.pt`, `.pth` or `.ckpt` file, or `.safetensors`.
+        image_size: Height and width, which no state dict says; the family's default when None.
+        weights: `ema` or `online`; EMA where the file has it, when None.
+        spec: What the network is, for files that do not say; the family's defaults when None.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, no network, needs code to be read, or holds
+            numbers that are not finite; or it lacks the weights that were asked for.
+        SpecError: The spec in a checkpoint of ours is damaged or of a later version.
+    """
+    path = Path(path)
+    content = _open(path)
+    raw, taken = _unwrap(content, path, weights)
+    state = _strip(raw)
+    family = detect(state, source=str(path))
+    network = _build(family, state, path)
+    own = _own_spec(content, path)
+    assumed: tuple[str, ...] = ()
+    if own is not None:
+        if image_size is not None and own.sample_shape[1:] != (image_size, image_size):
+            raise CheckpointError(
+                f"{path} was trained at {'x'.join(map(str, own.sample_shape[1:]))}, "
+                f"not at --image-size {image_size}.",
+                hint="Leave --image-size out.",
+            )
+        spec = own
+    elif spec is None:
+        spec = family.spec(state, image_size)
+        assumed = _assumed(spec, image_size)
+    spec = spec.with_changes(checkpoint_sha256=sha256(path))
+    return LoadedNetwork(network=network, spec=spec, weights=taken, assumed=assumed)
+
+
+def read_content(path: Path) -> Any:
+    """Reads a checkpoint file's content without running any code that is in it.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or needs code to be read.
+    """
+    return _open(path)
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}; a checkpoint is a file.", hint="Check the path: ls " + str(path.parent)
+        )
+    if path.stat().st_size == 0:
+        raise _damaged(path, "it is empty")
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    _check_sums(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error) and "not an allowed global" not in str(error):
+            raise _damaged(path, str(error).splitlines()[0]) from error
+        raise CheckpointError(
+            f"{path} is a pickle that runs code when it is read ({_global(str(error))}); "
+            "ddpm-deploy reads tensors only, since such a file can do anything to this machine.",
+            hint="Where the file was made, save the weights alone: "
+            "torch.save(model.state_dict(), 'ckpt.pt')",
+        ) from error
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        raise _damaged(path, str(error).splitlines()[0] if str(error) else repr(error)) from error
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _check_sums(path: Path) -> None:
+    """Compares every record of a zip checkpoint with its checksum, which torch does not."""
+    if not zipfile.is_zipfile(path):
+        return  # torch's form before 1.6 has no sums
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise _damaged(path, str(error)) from error
+    if bad is not None:
+        raise _damaged(path, f"the checksum of its record {bad} does not match")
+
+
+def _unwrap(content: Any, path: Path, weights: Weights | None) -> tuple[Mapping[str, Any], Weights]:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not a dictionary of tensors.",
+            hint="Save the weights alone: torch.save(model.state_dict(), 'ckpt.pt')",
+        )
+    if content.keys() == {"state", "param_groups"}:
+        siblings = [n for n in ("ema_ckpt.pt", "ckpt.pt") if (path.parent / n).is_file()]
+        sibling = path.parent / (siblings[0] if siblings else "ckpt.pt")
+        raise CheckpointError(
+            f"{path} is an optimizer's state, not a network.",
+            hint=f"The weights are usually beside it: ddpm-deploy export {sibling}",
+        )
+    found: dict[Weights, Mapping[str, Any]] = {}
+    for kind, keys in _WRAPPERS.items():
+        for key in keys:
+            inner = content.get(key)
+            if kind not in found and isinstance(inner, Mapping) and _tensors(inner):
+                found[kind] = inner
+    if not found:
+        if not _tensors(content):
+            raise CheckpointError(
+                f"{path} holds no tensors; its keys are {', '.join(map(str, list(content)[:5]))}.",
+                hint="Save the weights: torch.save(model.state_dict(), 'ckpt.pt')",
+            )
+        found["online"] = content
+        if weights == "ema" and not path.name.startswith("ema"):
+            raise CheckpointError(
+                f"{path} holds one set of weights and does not say that it is the EMA's.",
+                hint="Leave --weights out, or give the EMA's own file (ema_ckpt.pt).",
+            )
+        return content, "ema" if path.name.startswith("ema") else "online"
+    taken: Weights = weights or ("ema" if "ema" in found else "online")
+    if taken not in found:
+        raise CheckpointError(
+            f"{path} holds no {taken} weights; it has {', '.join(found)}.",
+            hint=f"Type --weights {next(iter(found))}, or leave it out.",
+        )
+    return found[taken], taken
+
+
+def _strip(raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    state = {k: v.detach() for k, v in raw.items() if isinstance(v, Tensor)}
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
+def _build(family: Family, state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{path} has numbers that are not finite: {wrong} of {tensor.numel()} in {name}.",
+                hint="Training diverged before this was saved; take an earlier checkpoint.",
+            )
+    try:
+        network = family.build(state)
+        network.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+    except (KeyError, RuntimeError, ValueError) as error:
+        what = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} looks like {family.name} but its weights do not fit that network: {what}",
+            hint="Is it a fork that changed the architecture? See docs/checkpoints.md",
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+def _own_spec(content: Any, path: Path) -> ModelSpec | None:
+    if not isinstance(content, Mapping) or "ddpm_deploy" not in content:
+        return None
+    own = content["ddpm_deploy"]
+    text = own.get("spec") if isinstance(own, Mapping) else None
+    return ModelSpec.from_json(str(text), source=str(path))
+
+
+def _assumed(spec: ModelSpec, image_size: int | None) -> tuple[str, ...]:
+    size = "x".join(map(str, spec.sample_shape[1:]))
+    schedule = spec.schedule
+    settings = ", ".join(f"{k} {v:g}" for k, v in schedule.parameters.items())
+    return (
+        *(() if image_size else (f"image size {size} (--image-size)",)),
+        f"schedule {schedule.name} ({settings}), T = {schedule.T}",
+        f"prediction {spec.prediction}",
+    )
+
+
+def _tensors(mapping: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in mapping.values())
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged, or is no checkpoint: {what}.",
+        hint="Copy it again from where it was trained, and compare: sha256sum " + str(path),
+    )
+
+
+def _global(message: str) -> str:
+    """Picks the name of what the pickle wanted to import out of torch's long message."""
+    for word in message.replace("`", " ").split():
+        if "." in word and word.replace(".", "").replace("_", "").isalnum() and "torch" not in word:
+            return f"it asks for {word}"
+    return "it asks for objects other than tensors"
+
+
+__all__ = ["DOME272", "OWN_FAMILY", "LoadedNetwork", "Weights", "load_network", "read_content"]

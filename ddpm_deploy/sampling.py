@@ -1,0 +1,389 @@
+"""Samplers as tables of numbers, and the one loop that reads them.
+
+A row of a table takes x_t to x_s:
+
+    x_0 = x0_from_x · x_t + x0_from_out · out          then clipped to [-clip, clip]
+    x_s = x_from_x0 · x_0 + x_from_x · x_t + x_from_out · out + σ · z
+
+`out` is what the network gives for (x_t, t); σ is `x_from_noise`, or a function of the network's
+second half where the variance is learned. Tables are float64 data made before the loop; their
+numbers are Python floats, so float32 images stay float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from ddpm_deploy.arrays import Samples, Timesteps
+from ddpm_deploy.schedule import Schedule
+
+Prediction = Literal["epsilon", "sample", "v_prediction"]
+Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+Spacing = Literal["leading", "linspace", "trailing"]
+Sampler = Literal["ddpm", "ddim", "dome272"]
+
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
+
+Predictor = Callable[[Samples, Timesteps], Samples]
+"""A network with its conditions bound: (x, t) to its output, float32 to float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transition:
+    """One row of a sampler: the numbers that take x_t to x_s.
+
+    Attributes:
+        t: Timestep that the network is called with, 0 to T-1.
+        s: Timestep of the result, below t; -1 is the clean image.
+        x0_from_x: Factor of x_t in x_0.
+        x0_from_out: Factor of the network's output in x_0.
+        clip: x_0 is clipped to [-clip, clip]; None leaves it.
+        x_from_x0: Factor of the clipped x_0 in x_s.
+        x_from_x: Factor of x_t in x_s.
+        x_from_out: Factor of the network's output in x_s.
+        x_from_noise: Standard deviation σ of the fresh noise; 0 draws none. Where the variance is
+            learned, 1 or 0: whether noise is added.
+        log_std: (a, b) where log σ = a + b·v, v being the second half of the network's output
+            channels; None where the variance is fixed, whatever the network gives.
+    """
+
+    t: int
+    s: int
+    x0_from_x: float
+    x0_from_out: float
+    clip: float | None
+    x_from_x0: float
+    x_from_x: float
+    x_from_out: float = 0.0
+    x_from_noise: float = 0.0
+    log_std: tuple[float, float] | None = None
+
+
+Table = Sequence[Transition]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one transition did.
+
+    Attributes:
+        k: 1 for the first transition (the noisiest), then 2, and so on.
+        t: Timestep of `x_t`.
+        x_t: float32, (N, *sample_shape): what the network was given.
+        out: float32, (N, *sample_shape): what it predicted, without v where that is learned.
+        x0: float32, (N, *sample_shape): the clean images that this implies, clipped.
+        x: float32, (N, *sample_shape): the result x_s; after the last step, the images.
+    """
+
+    k: int
+    t: int
+    x_t: Samples
+    out: Samples
+    x0: Samples
+    x: Samples
+
+
+def timesteps(T: int, steps: int | None = None, *, spacing: Spacing = "leading") -> list[int]:  # noqa: N803
+    """Chooses the timesteps that a shorter loop visits.
+
+    Args:
+        T: Length of the training schedule.
+        steps: How many to keep, 1 to T; all when None.
+        spacing: `leading` counts whole strides from 0, `linspace` spreads evenly over 0..T-1 with
+            both ends, `trailing` counts down from T-1.
+
+    Returns:
+        The timesteps in sampling order, noisiest first, each once.
+
+    Raises:
+        ValueError: `steps` is outside 1..T, or `spacing` is unknown.
+
+    References:
+        Lin et al. 2023, https://arxiv.org/abs/2305.08891, Table 2.
+    """
+    n = T if steps is None else steps
+    if not 1 <= n <= T:
+        raise ValueError(f"steps is {steps}; this schedule has 1 to {T}")
+    match spacing:
+        case "leading":
+            ascending = [k * (T // n) for k in range(n)]
+        case "linspace":
+            ascending = [round(k * (T - 1) / (n - 1)) for k in range(n)] if n > 1 else [T - 1]
+        case "trailing":
+            ascending = [round(T - k * T / n) - 1 for k in range(n)][::-1]
+        case _:
+            raise ValueError(f"spacing is {spacing!r}; there are {', '.join(get_args(Spacing))}")
+    return ascending[::-1]
+
+
+def ddpm(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: Prediction = "epsilon",
+    variance: Variance = "fixed_small",
+    clip: float | None = 1.0,
+    spacing: Spacing = "leading",
+) -> list[Transition]:
+    """Tabulates ancestral sampling.
+
+    Args:
+        schedule: The schedule the network was trained with.
+        steps: Transitions to keep, 1 to T; all T when None.
+        prediction: What the network gives: ε, x_0, or v = √ᾱ ε - √(1-ᾱ) x_0.
+        variance: σ² is β̃ (`fixed_small`), β (`fixed_large`), the exponential of v (`learned`), or
+            lies between the two on a logarithmic scale at (v+1)/2 (`learned_range`).
+        clip: x_0 is clipped to [-clip, clip]; None leaves it.
+        spacing: How `steps` are chosen, see `timesteps`.
+
+    Returns:
+        The transitions in sampling order, noisiest first. The last one adds no noise.
+
+    Raises:
+        ValueError: `steps` is outside 1..T, or a name is unknown.
+
+    References:
+        Ho et al. 2020, https://arxiv.org/abs/2006.11239, Algorithm 2, Eq. 7 and section 3.2.
+        Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, Eq. 15 and 19.
+    """
+    table = []
+    for t, s in _pairs(timesteps(schedule.T, steps, spacing=spacing)):
+        from_x0, from_x = schedule.posterior_coefficients(t, s)
+        std, log_std = _noise(schedule, t, s, variance)
+        x0_from_x, x0_from_out = _x0(schedule, t, prediction)
+        table.append(
+            Transition(
+                t=t,
+                s=s,
+                x0_from_x=x0_from_x,
+                x0_from_out=x0_from_out,
+                clip=clip,
+                x_from_x0=from_x0,
+                x_from_x=from_x,
+                x_from_noise=std,
+                log_std=log_std,
+            )
+        )
+    return table
+
+
+def ddim(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    eta: float = 0.0,
+    prediction: Prediction = "epsilon",
+    clip: float | None = 1.0,
+    spacing: Spacing = "leading",
+) -> list[Transition]:
+    """Tabulates DDIM sampling.
+
+    ε is derived again from the clipped x_0, so that x_s stays on the path that x_0 implies.
+
+    Args:
+        schedule: The schedule the network was trained with.
+        steps: Transitions to keep, 1 to T; all T when None.
+        eta: Share of DDPM's noise, in [0, 1]; 0 is deterministic, 1 is DDPM with β̃.
+        prediction: As in `ddpm`.
+        clip: As in `ddpm`.
+        spacing: As in `ddpm`.
+
+    Returns:
+        The transitions in sampling order, noisiest first. The last one adds no noise.
+
+    Raises:
+        ValueError: `steps` is outside 1..T, `eta` outside [0, 1], or a name is unknown.
+
+    References:
+        Song et al. 2021, https://arxiv.org/abs/2010.02502, Eq. 12 and 16.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
+    table = []
+    for t, s in _pairs(timesteps(schedule.T, steps, spacing=spacing)):
+        a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
+        sigma = eta * math.sqrt(schedule.posterior_variance(t, s))
+        # At eta = 1 rounding makes this -1e-17 on the last step, so it is clamped at 0.
+        direction = math.sqrt(max(1.0 - a_s - sigma**2, 0.0) / (1.0 - a_t))
+        x0_from_x, x0_from_out = _x0(schedule, t, prediction)
+        table.append(
+            Transition(
+                t=t,
+                s=s,
+                x0_from_x=x0_from_x,
+                x0_from_out=x0_from_out,
+                clip=clip,
+                x_from_x0=math.sqrt(a_s) - direction * math.sqrt(a_t),
+                x_from_x=direction,
+                x_from_noise=sigma,
+            )
+        )
+    return table
+
+
+def dome272(schedule: Schedule) -> list[Transition]:
+    """Tabulates the loop of dome272/Diffusion-Models-pytorch.
+
+    It runs i = T-1 … 1 and never 0, with σ = √β and no clipping, and adds no noise at i = 1:
+    x ← (x - β_i / √(1-ᾱ_i) · ε) / √α_i + √β_i · z. Its network predicts ε.
+
+    Returns:
+        The T-1 transitions in sampling order; the last result is x at timestep 0.
+
+    Raises:
+        ValueError: The schedule has a single timestep, so there is no transition.
+    """
+    if schedule.T < 2:
+        raise ValueError("the dome272 loop runs from T-1 to 1, so T must be at least 2; it is 1")
+    table = []
+    for t in range(schedule.T - 1, 0, -1):
+        beta, alpha, a_t = schedule.beta[t], schedule.alpha[t], schedule.alpha_bar[t]
+        x0_from_x, x0_from_out = _x0(schedule, t, "epsilon")
+        table.append(
+            Transition(
+                t=t,
+                s=t - 1,
+                x0_from_x=x0_from_x,
+                x0_from_out=x0_from_out,
+                clip=None,
+                x_from_x0=0.0,
+                x_from_x=1.0 / math.sqrt(alpha),
+                x_from_out=-float(beta) / math.sqrt((1.0 - a_t) * alpha),
+                x_from_noise=math.sqrt(beta) if t > 1 else 0.0,
+            )
+        )
+    return table
+
+
+def denoise(
+    predict: Predictor, table: Table, noise: Callable[[int], Samples], *, x: Samples | None = None
+) -> Iterator[Step]:
+    """Runs the reverse process, a step at a time: the only loop (Ho et al. 2020, Algorithm 2).
+
+    Args:
+        predict: The network with its conditions bound; called once a transition.
+        table: From `ddpm`, `ddim` or `dome272`.
+        noise: Draws for a step number, as `SeededNoise` does: 0 for x_T, k for transition k. It is
+            not called for transitions that add none.
+        x: Start from here instead of `noise(0)`.
+
+    Yields:
+        A `Step` after each transition. Its arrays are its own; the loop never writes to them again.
+    """
+    if x is None:
+        x = noise(0)
+    for k, row in enumerate(table, start=1):
+        out, v = split_variance(predict(x, np.full(len(x), row.t, dtype=np.int64)), x)
+        x0 = row.x0_from_x * x + row.x0_from_out * out
+        if row.clip is not None:
+            np.clip(x0, -row.clip, row.clip, out=x0)
+        mean = row.x_from_x0 * x0 + row.x_from_x * x
+        if row.x_from_out:
+            mean += row.x_from_out * out
+        if row.x_from_noise:
+            if row.log_std is None:
+                mean += row.x_from_noise * noise(k)
+            elif v is not None:
+                mean += np.exp(row.log_std[0] + row.log_std[1] * v) * noise(k)
+            else:
+                raise ValueError(
+                    f"the table needs a learned variance; the network gave {out.shape}"
+                )
+        yield Step(k=k, t=row.t, x_t=x, out=out, x0=x0, x=mean)
+        x = mean
+
+
+def split_variance(out: Samples, x: Samples) -> tuple[Samples, Samples | None]:
+    """Splits a network's output into its prediction and v, which is None where none is learned.
+
+    Args:
+        out: float32, (N, C, ...) or, with a learned variance, (N, 2C, ...).
+        x: float32, (N, C, ...): what the network was given.
+    """
+    if out.shape[1] == 2 * x.shape[1]:
+        prediction, v = np.split(out, 2, axis=1)
+        return prediction, v
+    return out, None
+
+
+def guided(predict: Predictor, scale: float) -> Predictor:
+    """Binds classifier-free guidance to a predictor of doubled batches.
+
+    Args:
+        predict: Called with 2N samples; its conditions are the wanted ones for the first N and the
+            null ones for the last N.
+        scale: s in out = u + s·(c - u): 0 ignores the condition, 1 is the conditional network,
+            above 1 exaggerates. Ho & Salimans' w is s - 1.
+
+    Returns:
+        A predictor of N samples that makes one call a step.
+
+    References:
+        Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, Eq. 6.
+    """
+
+    def predict_guided(x: Samples, t: Timesteps) -> Samples:
+        conditional, null = np.split(predict(np.concatenate([x, x]), np.concatenate([t, t])), 2)
+        return null + scale * (conditional - null)
+
+    return predict_guided
+
+
+def _pairs(descending: list[int]) -> Iterator[tuple[int, int]]:
+    return zip(descending, [*descending[1:], -1], strict=True)
+
+
+def _x0(schedule: Schedule, t: int, prediction: Prediction) -> tuple[float, float]:
+    a = schedule.alpha_bar_at(t)
+    match prediction:
+        case "epsilon":  # Ho et al. 2020, Eq. 15
+            if a == 0:
+                raise ValueError(f"alpha_bar is 0 at t = {t}; ε says nothing about x_0 there")
+            return 1.0 / math.sqrt(a), -math.sqrt((1.0 - a) / a)
+        case "sample":
+            return 0.0, 1.0
+        case "v_prediction":  # Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, appendix D
+            return math.sqrt(a), -math.sqrt(1.0 - a)
+        case _:
+            raise ValueError(
+                f"prediction is {prediction!r}; there are {', '.join(get_args(Prediction))}"
+            )
+
+
+def _noise(
+    schedule: Schedule, t: int, s: int, variance: Variance
+) -> tuple[float, tuple[float, float] | None]:
+    """Returns x_from_noise and log_std of an ancestral transition."""
+    match variance:
+        case "fixed_small":
+            std, log_std = math.sqrt(schedule.posterior_variance(t, s)), None
+        case "fixed_large":
+            std, log_std = math.sqrt(schedule.beta_between(s, t)), None
+        case "learned":
+            std, log_std = 1.0, (0.0, 0.5)
+        case "learned_range":
+            low, high = log_variance_range(schedule, t, s)
+            # log σ² = f·high + (1-f)·low with f = (v+1)/2 (Nichol & Dhariwal 2021, Eq. 15).
+            std, log_std = 1.0, ((high + low) / 4, (high - low) / 4)
+        case _:
+            raise ValueError(f"variance is {variance!r}; there are {', '.join(get_args(Variance))}")
+    return (std if s >= 0 else 0.0), log_std
+
+
+def log_variance_range(schedule: Schedule, t: int, s: int) -> tuple[float, float]:
+    """Returns log β̃ and log β between s and t, natural logarithms.
+
+    β̃ is 0 at the last transition; its neighbour's stands in, as in Ho et al.'s published code, or
+    β itself where the schedule has a single step.
+    """
+    high = math.log(schedule.beta_between(s, t))
+    if s >= 0:
+        return math.log(schedule.posterior_variance(t, s)), high
+    if t + 1 < schedule.T:
+        return math.log(schedule.posterior_variance(t + 1, t)), high
+    return high, high
