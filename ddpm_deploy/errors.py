@@ -1,7 +1,8 @@
 """Every error that ddpm-deploy raises on purpose.
 
-Each carries what happened with its values and, in `hint`, what to do or type next. The command line
-prints both and exits with 2; a check that said no (`verify`, `doctor`) exits with 1 and raises nothing.
+Each carries what happened with its values and, in `hint`, what to do or type next. The command
+line prints both and exits with 2; a check that said no (`verify`, `doctor`) exits with 1 and
+raises nothing.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to, and renames it to `path` when all went well.
 
     The bytes are on the disk before the name is. After an error, Ctrl-C included, the partial file
-    is removed and what stood at `path` before still stands; after a SIGKILL a `.part` file may be
-    left over, which nothing ever reads.
+    is removed and what stood at `path` before still stands; after a SIGKILL a hidden `.part` file
+    may be left over, which nothing ever reads. The path given has the suffix of `path`.
 
     Raises:
         OSError: The folder cannot be made or written, or is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    partial = path.parent / f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}"
     try:
         yield partial
         with partial.open("rb+") as file:

@@ -102,10 +102,11 @@ def read_picture(path: Path, *, channels: int | None = None) -> Pixels:
             if channels != 4 and (
                 image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info
             ):
-                coloured = image.convert("RGBA")
-                image = Image.new("RGBA", coloured.size, "white")  # noqa: PLW2901
-                image.alpha_composite(coloured)
-            pixels = np.asarray(image.convert(CHANNELS[channels]))
+                opaque = Image.new("RGBA", image.size, "white")
+                opaque.alpha_composite(image.convert("RGBA"))
+                pixels = np.asarray(opaque.convert(CHANNELS[channels]))
+            else:
+                pixels = np.asarray(image.convert(CHANNELS[channels]))
     except FileNotFoundError as error:
         raise DataError(f"There is no picture {path}.", hint="Check the path.") from error
     except (UnidentifiedImageError, OSError, ValueError) as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +66,7 @@ class SeededNoise:
 
     def _bits(self, image: int, step: int, count: int) -> NDArray[np.uint64]:
         # The counter's low words count blocks within a draw, a higher word the steps.
-        state: dict[str, Any] = {
+        self._philox.state = {
             "bit_generator": "Philox",
             "state": {
                 "counter": np.array([0, 0, step, 0], dtype=np.uint64),
@@ -78,7 +77,6 @@ class SeededNoise:
             "has_uint32": 0,
             "uinteger": 0,
         }
-        self._philox.state = state
         return self._philox.random_raw(count)
 
 

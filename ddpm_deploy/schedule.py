@@ -1,7 +1,7 @@
 """The forward process: how much noise each timestep adds, and what that implies in closed form.
 
-Index t runs from 0 (least noise) to T-1; the paper's t is ours + 1. Where a second index s appears it
-lies before t in diffusion time, and s = -1 is the clean image, ᾱ = 1.
+Index t runs from 0 (least noise) to T-1; the paper's t is ours + 1. Where a second index s appears
+it lies before t in diffusion time, and s = -1 is the clean image, ᾱ = 1.
 
 References:
     Ho et al. 2020, https://arxiv.org/abs/2006.11239, section 2.
@@ -51,6 +51,10 @@ class Schedule:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schedule) and np.array_equal(self.beta, other.beta)
 
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key} {value:g}" for key, value in self.parameters.items())
+        return f"{self.name}{f' ({settings})' if settings else ''}, T = {self.T}"
+
     def __hash__(self) -> int:
         return hash(self.beta.tobytes())
 
@@ -67,7 +71,7 @@ class Schedule:
     @cached_property
     def alpha_bar(self) -> Coefficients:
         """float64, (T,): ᾱ_t, the product of α_0 to α_t; falls from about 1 to about 0."""
-        return np.cumprod(self.alpha)
+        return np.cumprod(self.alpha, dtype=np.float64)
 
     @cached_property
     def snr(self) -> Coefficients:
@@ -157,7 +161,8 @@ def _mix(
     if a.shape != b.shape:
         raise ValueError(f"the images are {a.shape} and the noise is {b.shape}; they must agree")
     shape = (-1,) + (1,) * (a.ndim - 1) if weight_a.ndim else ()
-    return (weight_a.reshape(shape) * a + weight_b.reshape(shape) * b).astype(np.float32)
+    mixed: NDArray[np.float64] = weight_a.reshape(shape) * a + weight_b.reshape(shape) * b
+    return mixed.astype(np.float32)
 
 
 def linear(T: int = 1000, *, start: float = 1e-4, end: float = 0.02) -> Schedule:  # noqa: N803

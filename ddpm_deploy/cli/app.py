@@ -53,7 +53,7 @@ class _Group(typer.core.TyperGroup):
             _say(f"{error.strerror or error}{where}", hint)
             raise typer.Exit(2) from error
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002  (the base class's)
         return list(self.commands)
 
 

@@ -1,6 +1,103 @@
-"""To come."""
+"""`ddpm-deploy bench`: engines side by side with the torch loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddpm_deploy.cli.common import (
+    Device,
+    Json,
+    Seed,
+    Threads,
+    note,
+    print_json,
+    print_table,
+    settings,
+)
 
 
-def command() -> None:
-    """To come."""
-    raise NotImplementedError
+def command(
+    engine: Annotated[
+        list[Path] | None, typer.Option("--engine", "-e", help="Engine to time; may be repeated.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Checkpoint for the loop in PyTorch.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Steps a turn.")] = 20,
+    repeat: Annotated[int, typer.Option(min=1, help="Turns each; the engines take turns.")] = 5,
+    warm_up: Annotated[int, typer.Option(min=1, help="Steps before the clock starts.")] = 5,
+    seed: Seed = 0,
+    threads: Threads = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Time steps of the sampling loop, each engine side by side.
+
+    steps/s counts steps of the whole batch; images/s is for the family's own
+    sampler over all its steps. Ratios are to the torch loop, or the first row.
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from ddpm_deploy._version import __version__
+    from ddpm_deploy.bench import Loop, engine_loop, measure
+    from ddpm_deploy.doctor import machine
+    from ddpm_deploy.engines import Engine, open_engine
+    from ddpm_deploy.errors import EngineError
+    from ddpm_deploy.run import Recipe
+
+    recipe = Recipe(seed=seed)
+    opened: list[Engine] = [
+        open_engine(path, threads=threads, device=device) for path in engine or [Path("unet.onnx")]
+    ]
+    loops: dict[str, Loop] = {}
+    spec = opened[0].spec
+    if against is not None:
+        reference = open_engine(against, threads=threads, device=device, spec=spec)
+        from ddpm_deploy.engines.pytorch import TorchEngine, torch_loop
+
+        if not isinstance(reference, TorchEngine):
+            raise EngineError(
+                f"{against} is no checkpoint, so it has no loop in PyTorch.",
+                hint=f"Time it as an engine: --engine {against}",
+            )
+        loops[f"{reference.name} loop"] = torch_loop(reference, recipe, batch)
+    for each in opened:
+        loops[f"{each.name} {each.path.name}"] = engine_loop(each, recipe, batch)
+    with settings("See: ddpm-deploy bench --help"):
+        rows = len(recipe.table(spec))
+    note(f"timing {len(loops)} loops: {repeat} turns of {min(steps, rows)} steps at batch {batch}")
+    results = [*measure(loops, batch=batch, rows=rows, steps=steps, repeat=repeat, warm_up=warm_up)]
+    for each in opened:
+        each.close()
+    base = results[0].median
+    if json:
+        print_json(
+            {
+                "tool": f"ddpm-deploy {__version__}",
+                "machine": machine(),
+                "threads": threads,
+                "results": [{**asdict(r), "ratio": base / r.median} for r in results],
+            }
+        )
+        return
+    table = Table(title=f"batch {batch}, {rows} steps an image", title_justify="left")
+    table.add_column("loop", overflow="fold")
+    for name in ("step ms", "p90", "steps/s", "images/s", "loop's own", "ratio"):
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            r.name,
+            f"{1000 * r.median:.2f}",
+            f"{1000 * r.p90:.2f}",
+            f"{r.steps_per_second:.3g}",
+            f"{r.images_per_second:.3g}",
+            "" if r.overhead == 0 else f"{r.overhead:.1%}",
+            f"{base / r.median:.2f}",
+        )
+    print_table(table)

@@ -1,6 +1,53 @@
-"""To come."""
+"""`ddpm-deploy build`: an exported network becomes an engine for this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddpm_deploy.cli.common import Device, Json, Threads, note, print_json
+from ddpm_deploy.errors import EngineBuildError
 
 
-def command() -> None:
-    """To come."""
-    raise NotImplementedError
+def command(
+    graph: Annotated[Path, typer.Argument(help="ONNX file from `export`.")] = Path("unet.onnx"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Engine to write; unet.ort.onnx.")
+    ] = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="A TensorRT plan in half precision.")
+    ] = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Build the engine that this machine runs, checked against its graph.
+
+    Without TensorRT that is an ONNX Runtime engine in float32.
+    """
+    from dataclasses import asdict
+
+    from ddpm_deploy.engines.build import build_ort
+
+    if fp16 or (output is not None and output.suffix == ".plan"):
+        what = "--fp16 needs" if fp16 else f"{output} is the name of"
+        raise EngineBuildError(
+            f"{what} a TensorRT plan, which this release does not build yet.",
+            hint="Build an ONNX Runtime engine in float32 instead: ddpm-deploy build "
+            f"{graph}, then ddpm-deploy sample --engine {graph.with_suffix('.ort.onnx')}",
+        )
+    output = output or graph.with_suffix(".ort.onnx")
+    if output.suffix != ".onnx":
+        raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
+    note("no TensorRT in this release: building an ONNX Runtime engine in float32")
+    built = build_ort(graph, output, threads=threads, device=device)
+    note(
+        f"{built.runtime}, at most {built.deviation:.1e} of the peak from {graph}; opens in "
+        f"{built.load_seconds:.2f} s, the graph in {built.graph_load_seconds:.2f} s"
+    )
+    if json:
+        print_json({**asdict(built), "path": str(built.path)})
+    else:
+        typer.echo(built.path)

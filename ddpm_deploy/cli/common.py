@@ -16,6 +16,8 @@ from ddpm_deploy.errors import DDPMDeployError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ddpm_deploy.spec import ModelSpec
+
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; the runtime's choice if left out.")
 ]
@@ -36,6 +38,27 @@ def settings(hint: str = "") -> Iterator[None]:
     except ValueError as error:
         message = str(error)
         raise DDPMDeployError(message[:1].upper() + message[1:] + ".", hint=hint) from error
+
+
+def parse_labels(text: str | None, spec: ModelSpec) -> tuple[int, ...] | None:
+    """Reads `--label`: a number, a list such as 0,1,2, or `none` for the null label.
+
+    Returns:
+        The labels, None where the option was left out.
+    """
+    if text is None:
+        return None
+    null = None if spec.label is None else spec.label.null
+    if text == "none" and null is not None:
+        return (null,)
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither a label, nor a list such as 0,1,2"
+            + (", nor none" if null is not None else "; this network has no null label"),
+            param_hint="--label",
+        ) from None
 
 
 def note(text: str) -> None:

@@ -1,6 +1,96 @@
-"""To come."""
+"""`ddpm-deploy export`: a checkpoint becomes an ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddpm_deploy.cli.common import Json, note, print_json, settings
 
 
-def command() -> None:
-    """To come."""
-    raise NotImplementedError
+def command(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .ckpt, .safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")] = Path(
+        "unet.onnx"
+    ),
+    image_size: Annotated[
+        int | None, typer.Option(min=8, help="Height and width, where the file does not say.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="linear, scaled_linear, cosine or sigmoid, where the file does not say."),
+    ] = None,
+    timesteps: Annotated[
+        int | None, typer.Option(min=1, help="T of training, where the file does not say.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="ema or online, where the file has both; ema if left out.")
+    ] = None,
+    opset: Annotated[int, typer.Option(help="ONNX opset; TensorRT 10.3 (Jetson) reads 20.")] = 20,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint's network as ONNX, checked against PyTorch.
+
+    The file appears under its name only when ONNX Runtime gives what PyTorch
+    gives, at several timesteps and batch sizes.
+    """
+    from typing import cast
+
+    from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.schedule import named_schedule
+
+    if weights not in {None, "ema", "online"}:
+        raise typer.BadParameter(f"{weights!r} is neither ema nor online", param_hint="--weights")
+    with needs("torch", extra="export"):
+        from ddpm_deploy.export import export_network
+        from ddpm_deploy.model import load_network
+        from ddpm_deploy.model.checkpoint import Weights
+    with needs("onnxruntime", extra="cpu"):
+        import onnxruntime  # noqa: F401  (the check needs it: say so before the work)
+
+    with settings("See: ddpm-deploy export --help"):
+        asked = (
+            named_schedule(schedule or "linear", timesteps or 1000)
+            if schedule or timesteps
+            else None
+        )
+    loaded = load_network(
+        checkpoint,
+        image_size=image_size,
+        schedule=asked,
+        weights=cast("Weights | None", weights),
+    )
+    if output.suffix != ".onnx":
+        raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
+    spec = loaded.spec
+    shape = "x".join(map(str, spec.sample_shape))
+    note(f"{checkpoint}: {spec.family}, {loaded.weights} weights, {shape}")
+    for line in loaded.assumed:
+        note(f"  assumed, since the file does not say: {line}")
+    with settings("See: ddpm-deploy export --help"):
+        exported = export_network(loaded.network, spec, output, opset=opset)
+    worst = max(d.relative for d in exported.deviations)
+    note(
+        f"{exported.parameters / 1e6:.2f} M parameters, {exported.nodes} nodes, opset "
+        f"{exported.opset}, {exported.bytes / 1e6:.1f} MB in {exported.seconds:.1f} s; at most "
+        f"{worst:.1e} of the peak from PyTorch over {len(exported.deviations)} batches"
+    )
+    if json:
+        print_json(
+            {
+                "path": str(exported.path),
+                "opset": exported.opset,
+                "nodes": exported.nodes,
+                "parameters": exported.parameters,
+                "bytes": exported.bytes,
+                "seconds": exported.seconds,
+                "largest_deviation": worst,
+                "weights": loaded.weights,
+                "assumed": list(loaded.assumed),
+                "spec": spec.to_dict(),
+            }
+        )
+    else:
+        typer.echo(exported.path)

@@ -1,6 +1,157 @@
-"""To come."""
+"""`ddpm-deploy sample`: images from an engine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddpm_deploy.cli.common import (
+    Device,
+    Json,
+    Progress,
+    Seed,
+    Threads,
+    note,
+    parse_labels,
+    print_json,
+    settings,
+)
+from ddpm_deploy.errors import DDPMDeployError
 
 
-def command() -> None:
-    """To come."""
-    raise NotImplementedError
+def command(
+    engine: Annotated[Path, typer.Option("--engine", "-e", help="Engine to sample with.")] = Path(
+        "unet.onnx"
+    ),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images to draw.")] = 8,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path(
+        "samples"
+    ),
+    sampler: Annotated[
+        str | None, typer.Option(help="ddpm, ddim or dome272; the family's own if left out.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Transitions; all of the schedule if left out.")
+    ] = None,
+    eta: Annotated[float, typer.Option(help="Share of noise in ddim, 0 to 1.")] = 0.0,
+    spacing: Annotated[
+        str, typer.Option(help="How --steps are chosen: leading, linspace or trailing.")
+    ] = "leading",
+    seed: Seed = 0,
+    start: Annotated[int, typer.Option(min=0, help="Index of the first image, for shards.")] = 0,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images at once; by the image size if left out.")
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(help="Class: 3, or 0,1,2 in turn, or none; all in turn if left out."),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(help="Classifier-free guidance s in u + s(c - u); 1 is none.")
+    ] = 1.0,
+    gif: Annotated[
+        bool, typer.Option("--gif", help="Also x0.gif: predicted x_0 unfolding.")
+    ] = False,
+    npz: Annotated[bool, typer.Option("--npz", help="Also samples.npz: all images.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Draw anew what the folder holds.")
+    ] = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Draw images from an engine, and continue a run that was stopped.
+
+    Image i depends on the seed and i alone. The folder takes 000000.png,
+    000001.png, ..., grid.png, and run.json with all that reproduces them.
+    """
+    from typing import cast
+
+    from ddpm_deploy.engines import open_engine
+    from ddpm_deploy.run import Recipe, Run, default_batch
+    from ddpm_deploy.sampling import Sampler, Spacing
+
+    with open_engine(engine, threads=threads, device=device) as opened:
+        recipe = Recipe(
+            seed=seed,
+            sampler=cast("Sampler | None", sampler),
+            steps=steps,
+            eta=eta,
+            spacing=cast("Spacing", spacing),
+            labels=parse_labels(label, opened.spec),
+            guidance=guidance,
+        )
+        with settings("See: ddpm-deploy sample --help"):
+            rows = len(recipe.table(opened.spec))
+        run = Run(
+            folder=output,
+            engine=opened,
+            recipe=recipe,
+            start=start,
+            count=count,
+            batch=batch or default_batch(opened.spec, count),
+            origin=["ddpm-deploy", *sys.argv[1:]],
+        )
+        if gif and not run.pictures:
+            raise DDPMDeployError("These samples are no pictures, so there is no --gif.")
+        run.prepare(overwrite=overwrite)
+        missing = len(run.missing())
+        if missing < count:
+            note(f"{output} holds {count - missing} of {count} images; {missing} to draw")
+        gif_path = output / "x0.gif" if gif else None
+        if gif_path and overwrite:
+            gif_path.unlink(missing_ok=True)
+        blocks = sum(1 for _ in run.blocks())
+        if blocks == 0 and gif_path and not gif_path.exists():
+            blocks = 1
+        drawn = 0
+
+        def left() -> int:
+            return missing - drawn
+
+        try:
+            with Progress(f"sampling on {opened.name}", rows * blocks, "steps") as progress:
+                for _ in run.draw(
+                    gif=gif_path,
+                    on_step=lambda _: progress.advance(extra=f"{count - left()} of {count} images"),
+                ):
+                    drawn += 1
+                seconds = progress.seconds
+        except (KeyboardInterrupt, OSError) as error:
+            note(f"{count - left()} of {count} images are in {output}; the same command continues")
+            if isinstance(error, OSError):
+                raise
+            raise typer.Exit(130) from error
+        paths = run.finish(
+            {
+                "seconds": seconds,
+                "images drawn": drawn,
+                "steps per second": rows * blocks / max(seconds, 1e-9),
+            }
+        )
+        if gif_path:
+            paths.append(gif_path)
+        if npz:
+            run.write_npz(output / "samples.npz")
+            paths.append(output / "samples.npz")
+        if json:
+            print_json(
+                {
+                    "folder": str(output),
+                    "images": [str(run.path(i)) for i in run.images],
+                    "files": [str(path) for path in paths],
+                    "drawn": drawn,
+                    "seconds": seconds,
+                    "steps": rows,
+                    "batch": run.batch,
+                    "engine": opened.describe(),
+                }
+            )
+        else:
+            for image in run.images:
+                typer.echo(run.path(image))
+            for path in paths:
+                typer.echo(path)

@@ -1,6 +1,165 @@
-"""To come."""
+"""`ddpm-deploy verify`: is the deployed loop the trained model?"""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddpm_deploy.cli.common import (
+    Device,
+    Json,
+    Progress,
+    Seed,
+    Threads,
+    note,
+    parse_labels,
+    print_json,
+    print_table,
+    settings,
+)
+
+ROWS = 12
+"""Timesteps that the table shows; --json has all of them."""
 
 
-def command() -> None:
-    """To come."""
-    raise NotImplementedError
+def command(
+    engine: Annotated[Path, typer.Option("--engine", "-e", help="The deployed engine.")] = Path(
+        "unet.onnx"
+    ),
+    against: Annotated[
+        Path, typer.Option("--against", help="The trained checkpoint, or another engine.")
+    ] = Path("ckpt.pt"),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images to draw.")] = 4,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the whole report here, as JSON.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddpm, ddim or dome272; the family's own if left out.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Transitions; all of the schedule if left out.")
+    ] = None,
+    eta: Annotated[float, typer.Option(help="Share of noise in ddim, 0 to 1.")] = 0.0,
+    seed: Seed = 0,
+    label: Annotated[str | None, typer.Option(help="Class: 3, or 0,1,2 in turn, or none.")] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    local: Annotated[
+        float, typer.Option(help="Budget: output error on the reference's x_t, of the peak.")
+    ] = 2e-5,
+    accumulated: Annotated[
+        float, typer.Option(help="Budget: error of x_t when both run free, of the peak.")
+    ] = 1e-3,
+    pixels: Annotated[
+        float, typer.Option(help="Budget: least share of pixels within one level of 255.")
+    ] = 0.999,
+    threads: Threads = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Compare a deployed loop with the trained model, timestep by timestep.
+
+    Local error: both networks are fed the reference's own x_t. Accumulated
+    error: each runs free on the same noise. Exits 1 outside the budget.
+    """
+    from typing import cast
+
+    from ddpm_deploy._version import __version__
+    from ddpm_deploy.engines import open_engine
+    from ddpm_deploy.files import sha256, write_text
+    from ddpm_deploy.run import Recipe
+    from ddpm_deploy.sampling import Sampler
+    from ddpm_deploy.verify import Budget, Verifier, differing_fields
+
+    with (
+        open_engine(engine, threads=threads, device=device) as deployed,
+        open_engine(against, threads=threads, device=device, spec=deployed.spec) as reference,
+    ):
+        spec = deployed.spec
+        differences = differing_fields(reference.spec, spec)
+        recipe = Recipe(
+            seed=seed,
+            sampler=cast("Sampler | None", sampler),
+            steps=steps,
+            eta=eta,
+            labels=parse_labels(label, spec),
+            guidance=guidance,
+        )
+        budget = Budget(local=local, accumulated=accumulated, pixels=pixels)
+        with settings("See: ddpm-deploy verify --help"):
+            verifier = Verifier(reference, deployed, recipe, range(count), budget=budget)
+        what = f"{deployed.name} against {reference.name}"
+        with Progress(what, len(verifier), "steps") as progress:
+            for _ in verifier:
+                progress.advance()
+        result = verifier.result
+        failures = [f"the specs differ in {line}" for line in differences] + result.failures
+        report = {
+            "tool": f"ddpm-deploy {__version__}",
+            "engine": {**deployed.describe(), "sha256": sha256(engine)},
+            "reference": {**reference.describe(), "sha256": sha256(against)},
+            "exported_from_this_checkpoint": spec.checkpoint_sha256 == sha256(against),
+            "seed": seed,
+            "images": count,
+            "sampler": sampler or spec.sampler,
+            "labels": list(recipe.labels or ()),
+            "guidance": guidance,
+            "seconds": progress.seconds,
+            **result.to_dict(),
+            "passed": not failures,
+            "failures": failures,
+        }
+    if output is not None:
+        write_text(output, json_module.dumps(report, indent=2) + "\n")
+        note(f"report: {output}")
+    if json:
+        print_json(report)
+    else:
+        _print(report, what)
+    raise typer.Exit(1 if failures else 0)
+
+
+def _print(report: dict[str, object], what: str) -> None:
+    from typing import Any, cast
+
+    from rich.table import Table
+
+    data = cast("dict[str, Any]", report)
+    steps = data["steps"]
+    table = Table(
+        title=f"{what}, {data['images']} images, {len(steps)} steps; max error over the peak",
+        title_justify="left",
+    )
+    for name in ("t", "local ε", "local x_0", "local x", "free ε", "free x_0", "free x"):
+        table.add_column(name, justify="right")
+    shown = sorted({round(i * (len(steps) - 1) / (ROWS - 1)) for i in range(ROWS)}) if steps else []
+    for i in shown:
+        step = steps[i]
+        keys = ("local_out", "local_x0", "local_x", "out", "x0", "x")
+        table.add_row(str(step["t"]), *(f"{step[key]:.1e}" for key in keys))
+    print_table(table)
+    if steps:
+        worst = max(steps, key=lambda step: step["local_out"])
+        drift = max(steps, key=lambda step: step["x"])
+        budget = data["budget"]
+        typer.echo(
+            f"local: at most {worst['local_out']:.1e}, at t = {worst['t']} "
+            f"(budget {budget['local']:.0e})"
+        )
+        typer.echo(
+            f"accumulated: at most {drift['x']:.1e}, at t = {drift['t']} "
+            f"(budget {budget['accumulated']:.0e})"
+        )
+        finite = [value for value in data["psnr"] if value is not None]
+        worst_psnr = f"{min(finite):.1f} dB at worst" if finite else "identical"
+        typer.echo(
+            f"images: {data['equal_pixels']:.3%} of pixels equal, {data['close_pixels']:.3%} "
+            f"within one level, PSNR {worst_psnr}"
+        )
+    if not data["exported_from_this_checkpoint"]:
+        typer.echo("note: the engine's spec names another checkpoint file than this one")
+    for line in data["failures"]:
+        typer.echo(f"outside: {line}")
+    typer.echo("verdict: " + ("the same model" if data["passed"] else "NOT the same model"))

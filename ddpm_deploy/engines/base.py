@@ -69,7 +69,8 @@ class Engine(ABC):
                 last = condition.classes - 1 if condition.null is None else condition.null
                 if value.min() < 0 or value.max() > last:
                     raise EngineInputError(
-                        f"{name} is {value.min()}..{value.max()}; this network has labels 0..{last}."
+                        f"{name} is {value.min()}..{value.max()}; "
+                        f"this network has labels 0..{last}."
                     )
         return self._run({"x": x, "t": t, **conditions})
 
@@ -81,7 +82,7 @@ class Engine(ABC):
         """Returns what identifies the runtime, for reports: JSON's types."""
         return {"name": self.name, "path": str(self.path)}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most have nothing to give back)
         """Gives back what the runtime holds; the engine cannot be called afterwards."""
 
     def __enter__(self) -> Engine:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.files import sha256
 from ddpm_deploy.model.families import DOME272, Family, detect
+from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.spec import ModelSpec
 
 Weights = Literal["ema", "online"]
@@ -50,6 +51,7 @@ def load_network(
     path: str | Path,
     *,
     image_size: int | None = None,
+    schedule: Schedule | None = None,
     weights: Weights | None = None,
     spec: ModelSpec | None = None,
 ) -> LoadedNetwork:
@@ -58,6 +60,7 @@ def load_network(
     Args:
         path: A `.pt`, `.pth` or `.ckpt` file, or `.safetensors`.
         image_size: Height and width, which no state dict says; the family's default when None.
+        schedule: The schedule of training, which no state dict says; as `image_size`.
         weights: `ema` or `online`; EMA where the file has it, when None.
         spec: What the network is, for files that do not say; the family's defaults when None.
 
@@ -81,10 +84,17 @@ def load_network(
                 f"not at --image-size {image_size}.",
                 hint="Leave --image-size out.",
             )
+        if schedule is not None and own.schedule != schedule:
+            raise CheckpointError(
+                f"{path} was trained with the schedule {own.schedule}, not with {schedule}.",
+                hint="Leave the schedule's options out.",
+            )
         spec = own
     elif spec is None:
         spec = family.spec(state, image_size)
-        assumed = _assumed(spec, image_size)
+        assumed = _assumed(spec, image_size, schedule)
+        if schedule is not None:
+            spec = spec.with_changes(schedule=schedule)
     spec = spec.with_changes(checkpoint_sha256=sha256(path))
     return LoadedNetwork(network=network, spec=spec, weights=taken, assumed=assumed)
 
@@ -223,13 +233,11 @@ def _own_spec(content: Any, path: Path) -> ModelSpec | None:
     return ModelSpec.from_json(str(text), source=str(path))
 
 
-def _assumed(spec: ModelSpec, image_size: int | None) -> tuple[str, ...]:
+def _assumed(spec: ModelSpec, image_size: int | None, schedule: Schedule | None) -> tuple[str, ...]:
     size = "x".join(map(str, spec.sample_shape[1:]))
-    schedule = spec.schedule
-    settings = ", ".join(f"{k} {v:g}" for k, v in schedule.parameters.items())
     return (
         *(() if image_size else (f"image size {size} (--image-size)",)),
-        f"schedule {schedule.name} ({settings}), T = {schedule.T}",
+        *(() if schedule else (f"schedule {spec.schedule} (--schedule, --timesteps)",)),
         f"prediction {spec.prediction}",
     )
 

@@ -118,7 +118,7 @@ class UNet(nn.Module):
         self._bottom = names
         before = w.down[2]
         for name, width in zip(names, w.bottom, strict=True):
-            self.add_module(name, _DoubleConv(before, width))
+            setattr(self, name, _DoubleConv(before, width))
             before = width
         self.up1 = _Up(before + w.down[1], w.up[0], w.up_middle[0], w.time)
         self.sa4 = _SelfAttention(w.up[0])
@@ -160,7 +160,7 @@ class UNet(nn.Module):
         x3 = self.sa2(self.down2(x2, emb))
         h = self.sa3(self.down3(x3, emb))
         for name in self._bottom:
-            h = self.get_submodule(name)(h)
+            h = _tensor(getattr(self, name)(h))
         h = self.sa4(self.up1(h, x3, emb))
         h = self.sa5(self.up2(h, x2, emb))
         h = self.sa6(self.up3(h, x1, emb))
@@ -240,7 +240,7 @@ class _SelfAttention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)
         attended = self.mha(self.ln(tokens)) + tokens
         out = attended + self.ff_self(attended)
-        return out.transpose(1, 2).unflatten(2, (height, width))
+        return _tensor(out.transpose(1, 2).reshape(len(x), -1, height, width))
 
 
 class _Attention(nn.Module):
@@ -262,7 +262,8 @@ class _Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         projected = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (
-            part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1)
+            part.reshape(*part.shape[:2], HEADS, -1).transpose(1, 2)
+            for part in projected.chunk(3, dim=-1)
         )
         attended = F.scaled_dot_product_attention(q, k, v)
         return _tensor(self.out_proj(attended.transpose(1, 2).flatten(2)))

@@ -1,0 +1,129 @@
+"""Timing whole steps of the loop, engines side by side.
+
+The engines take turns, so that a machine that grows warm or busy is so for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ddpm_deploy.arrays import Samples, Timesteps
+from ddpm_deploy.engines.base import Engine
+from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.run import Recipe
+from ddpm_deploy.sampling import denoise
+
+Loop = Callable[[int], Iterator["StepTime"]]
+"""Runs so many steps from pure noise and yields each one's time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """One step's time, in seconds.
+
+    Attributes:
+        total: The whole step.
+        network: The network's share; the same as `total` where a loop cannot tell.
+    """
+
+    total: float
+    network: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One loop's speed.
+
+    Attributes:
+        name: Of the engine.
+        batch: Images at once.
+        steps: Steps timed, after the warm-up.
+        median: Seconds a step.
+        p90: Seconds that nine of ten steps stay under.
+        images_per_second: Whole loops of the sampler's full length.
+        overhead: Median share of a step that is not the network.
+    """
+
+    name: str
+    batch: int
+    steps: int
+    median: float
+    p90: float
+    images_per_second: float
+    overhead: float
+
+    @property
+    def steps_per_second(self) -> float:
+        """Steps of a whole batch a second."""
+        return 1.0 / self.median
+
+
+def engine_loop(engine: Engine, recipe: Recipe, batch: int) -> Loop:
+    """Makes the loop that `sample` runs, with a clock in it."""
+    table = recipe.table(engine.spec)
+    predict = recipe.predictor(engine, range(batch))
+    noise = SeededNoise(recipe.seed, range(batch), engine.spec.sample_shape)
+
+    def run(steps: int) -> Iterator[StepTime]:
+        network = 0.0
+
+        def timed(x: Samples, t: Timesteps) -> Samples:
+            nonlocal network
+            start = time.perf_counter()
+            out = predict(x, t)
+            network = time.perf_counter() - start
+            return out
+
+        x = noise(0)
+        start = time.perf_counter()
+        for _ in denoise(timed, table[:steps], noise, x=x):
+            now = time.perf_counter()
+            yield StepTime(total=now - start, network=network)
+            start = time.perf_counter()
+
+    return run
+
+
+def measure(
+    loops: dict[str, Loop], *, batch: int, rows: int, steps: int, repeat: int, warm_up: int
+) -> Iterator[Measurement]:
+    """Times loops in turns.
+
+    Args:
+        loops: By name.
+        batch: Images at once.
+        rows: Steps of the sampler's whole loop, for images a second.
+        steps: Steps a turn.
+        repeat: Turns each.
+        warm_up: Steps of each loop that are not counted, before the first turn.
+
+    Yields:
+        A `Measurement` each, in the order given, after the last turn.
+    """
+    times: dict[str, list[StepTime]] = {name: [] for name in loops}
+    for loop in loops.values():
+        for _ in loop(warm_up):
+            pass
+    for _ in range(repeat):
+        for name, loop in loops.items():
+            times[name].extend(loop(steps))
+    for name, taken in times.items():
+        yield _summary(name, taken, batch, rows)
+
+
+def _summary(name: str, taken: Sequence[StepTime], batch: int, rows: int) -> Measurement:
+    totals = np.array([step.total for step in taken])
+    median = float(np.median(totals))
+    return Measurement(
+        name=name,
+        batch=batch,
+        steps=len(taken),
+        median=median,
+        p90=float(np.percentile(totals, 90)),
+        images_per_second=batch / (median * rows),
+        overhead=float(np.median([1.0 - step.network / step.total for step in taken])),
+    )

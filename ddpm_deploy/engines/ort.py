@@ -1,0 +1,136 @@
+"""ONNX Runtime: the CPU, or CUDA with onnxruntime-gpu."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ddpm_deploy.arrays import Array, Samples
+from ddpm_deploy.engines.base import Engine
+from ddpm_deploy.errors import EngineError, SpecError
+from ddpm_deploy.spec import METADATA_KEY, ModelSpec
+
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+
+
+class OrtEngine(Engine):
+    """An ONNX file that `ddpm-deploy export` wrote, in ONNX Runtime.
+
+    Args:
+        path: The `.onnx` file.
+        threads: CPU threads for one call; one a core when None.
+        device: `cpu`, `cuda`, or `auto` for CUDA where this onnxruntime has it.
+
+    Raises:
+        EngineError: The file is damaged, or CUDA was asked for and is not there.
+        SpecError: The file carries no spec, or one that this release does not read.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None, device: str = "auto") -> None:
+        self.path = path
+        providers = _providers(device)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors only: its warnings are about its own choices
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}",
+                hint="Export the network again: ddpm-deploy export CHECKPOINT",
+            ) from error
+        active = self._session.get_providers()[0]
+        if active != providers[0]:
+            # ONNX Runtime says this on stderr alone and goes on with the CPU.
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} could not start {providers[0]} for {path} and "
+                f"fell back to {active}.",
+                hint="Check the driver and CUDA libraries (ddpm-deploy doctor), or type "
+                "--device cpu.",
+            )
+        self.name = f"onnxruntime {'CUDA' if active == _CUDA else 'CPU'}"
+        self.spec = _read_spec(self._session, path)
+        self._types = {i.name: i.type for i in self._session.get_inputs()}
+        expected = {"x", "t", *(c.name for c in self.spec.conditions)}
+        if self._types.keys() != expected:
+            raise SpecError(
+                f"{path} has the inputs {', '.join(self._types)}, but its spec says "
+                f"{', '.join(sorted(expected))}.",
+                hint="Export the network again: ddpm-deploy export CHECKPOINT",
+            )
+
+    def _run(self, feeds: Mapping[str, Array]) -> Samples:
+        try:
+            (out,) = self._session.run(None, dict(feeds))
+        except Exception as error:
+            raise EngineError(
+                f"ONNX Runtime failed on a batch of {len(feeds['x'])}: {_first_line(error)}",
+                hint="If it ran out of memory, type a smaller --batch.",
+            ) from error
+        return np.asarray(out, dtype=np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what identifies the runtime, for reports."""
+        return {**super().describe(), "runtime": f"onnxruntime {ort.__version__}"}
+
+
+def optimise(graph: Path, output: Path, *, device: str = "auto") -> None:
+    """Writes a graph as ONNX Runtime fuses it, without the layout of one processor.
+
+    Args:
+        graph: The `.onnx` file to read.
+        output: Where to write; metadata stay as they are.
+        device: As in `OrtEngine`.
+
+    Raises:
+        EngineError: The graph cannot be loaded.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(output)
+    try:
+        ort.InferenceSession(str(graph), options, providers=_providers(device))
+    except Exception as error:
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} cannot optimise {graph}: {_first_line(error)}"
+        ) from error
+
+
+def _providers(device: str) -> list[str]:
+    available = ort.get_available_providers()
+    match device:
+        case "cpu":
+            return [_CPU]
+        case "cuda":
+            if _CUDA not in available:
+                raise EngineError(
+                    f"This onnxruntime ({ort.__version__}) has no CUDA; it has "
+                    f"{', '.join(available)}.",
+                    hint="pip uninstall onnxruntime; pip install 'ddpm-deploy[gpu]'",
+                )
+            return [_CUDA, _CPU]
+        case "auto":
+            return [_CUDA, _CPU] if _CUDA in available else [_CPU]
+        case _:
+            raise EngineError(f"The device is {device!r}; there are auto, cpu and cuda.")
+
+
+def _read_spec(session: Any, path: Path) -> ModelSpec:
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is None:
+        raise SpecError(
+            f"{path} carries no ddpm-deploy spec, so its schedule and its inputs are unknown.",
+            hint="Export it from its checkpoint: ddpm-deploy export CHECKPOINT -o " + path.name,
+        )
+    return ModelSpec.from_json(text, source=str(path))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

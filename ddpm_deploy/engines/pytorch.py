@@ -1,0 +1,124 @@
+"""PyTorch as an engine: the reference that the others are compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ddpm_deploy.arrays import Array, Samples
+from ddpm_deploy.bench import Loop, StepTime
+from ddpm_deploy.engines.base import Engine
+from ddpm_deploy.errors import EngineError
+from ddpm_deploy.model.checkpoint import load_network
+from ddpm_deploy.run import Recipe, default_labels
+from ddpm_deploy.spec import ModelSpec
+
+
+class TorchEngine(Engine):
+    """A network in PyTorch, float32, without TF32.
+
+    Args:
+        network: In evaluation mode; called with (x, t, *conditions).
+        spec: What it is.
+        path: The file it came from.
+        device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+        threads: CPU threads of this process; torch's choice when None.
+
+    Raises:
+        EngineError: The device is not there.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        spec: ModelSpec,
+        *,
+        path: Path,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        if device not in {"auto", "cpu", "cuda"}:
+            raise EngineError(f"The device is {device!r}; there are auto, cpu and cuda.")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EngineError(
+                f"This PyTorch ({torch.__version__}) finds no CUDA device.",
+                hint="Type --device cpu, or see ddpm-deploy doctor.",
+            )
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if device == "cuda":  # the reference is float32, not TF32
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+        self.spec = spec
+        self.path = path
+        self.name = f"torch {device.upper()}"
+        self.network = network.to(device)
+        self.device = device
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        threads: int | None = None,
+        device: str = "auto",
+        spec: ModelSpec | None = None,
+    ) -> TorchEngine:
+        """Opens a checkpoint; arguments and errors as in `open_engine`."""
+        loaded = load_network(path, spec=spec)
+        return cls(loaded.network, loaded.spec, path=path, device=device, threads=threads)
+
+    def _run(self, feeds: Mapping[str, Array]) -> Samples:
+        tensors = [torch.from_numpy(value).to(self.device) for value in feeds.values()]
+        with torch.inference_mode():
+            return np.asarray(self.network(*tensors).cpu().numpy(), dtype=np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what identifies the runtime, for reports."""
+        return {**super().describe(), "runtime": f"torch {torch.__version__}"}
+
+
+def torch_loop(engine: TorchEngine, recipe: Recipe, batch: int) -> Loop:
+    """Makes the loop as people write it in PyTorch, all of it on the network's device.
+
+    It is what `bench` compares with: the same table, torch's noise, no NumPy.
+    """
+    table = recipe.table(engine.spec)
+    device = engine.device
+    labels = engine.spec.label
+    conditions = []
+    if labels is not None:
+        numbers = recipe.labels or default_labels(engine.spec)
+        y = [numbers[i % len(numbers)] for i in range(batch)]
+        conditions.append(torch.tensor(y, device=device))
+
+    def run(steps: int) -> Iterator[StepTime]:
+        generator = torch.Generator(device).manual_seed(recipe.seed)
+        shape = (batch, *engine.spec.sample_shape)
+        with torch.inference_mode():
+            x = torch.randn(shape, generator=generator, device=device)
+            for row in table[:steps]:
+                start = time.perf_counter()
+                t = torch.full((batch,), row.t, dtype=torch.int64, device=device)
+                out = engine.network(x, t, *conditions)[:, : x.shape[1]]
+                x0 = row.x0_from_x * x + row.x0_from_out * out
+                if row.clip is not None:
+                    x0 = x0.clamp(-row.clip, row.clip)
+                x = row.x_from_x0 * x0 + row.x_from_x * x + row.x_from_out * out
+                if row.x_from_noise:
+                    noise = torch.randn(shape, generator=generator, device=device)
+                    x = x + row.x_from_noise * noise
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                took = time.perf_counter() - start
+                yield StepTime(total=took, network=took)
+
+    return run

@@ -1,0 +1,412 @@
+"""A run of samples in a folder: written as it goes, continued where it stopped.
+
+Image i depends on the seed and i alone, so a file that is there is never drawn again, and a run
+that was killed ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_deploy import noise as noise_module
+from ddpm_deploy._version import __version__
+from ddpm_deploy.arrays import Pixels, Samples
+from ddpm_deploy.engines.base import Engine
+from ddpm_deploy.errors import EngineError, EngineInputError, RunError
+from ddpm_deploy.files import sha256, whole_file, write_text
+from ddpm_deploy.images import grid, is_picture, read_picture, to_pixels, write_gif, write_png
+from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.sampling import Predictor, Sampler, Spacing, Step, Table, denoise, guided
+from ddpm_deploy.spec import ModelSpec
+
+GRID_IMAGES = 64
+GIF_IMAGES = 16
+GIF_FRAMES = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What decides the images, besides the engine.
+
+    Attributes:
+        seed: Of the noise.
+        sampler: `ddpm`, `ddim` or `dome272`; the family's own when None.
+        steps: Transitions; all when None.
+        eta: Share of noise for `ddim`.
+        spacing: How `steps` are chosen.
+        labels: Class labels, taken in turn: image i gets labels[i mod their number]. None for an
+            unconditional network.
+        guidance: Scale of classifier-free guidance; 1 is the plain conditional network.
+    """
+
+    seed: int = 0
+    sampler: Sampler | None = None
+    steps: int | None = None
+    eta: float = 0.0
+    spacing: Spacing = "leading"
+    labels: tuple[int, ...] | None = None
+    guidance: float = 1.0
+
+    def table(self, spec: ModelSpec) -> Table:
+        """Tabulates the sampler; errors as in `ModelSpec.table`."""
+        return spec.table(self.sampler, self.steps, eta=self.eta, spacing=self.spacing)
+
+    def predictor(self, engine: Engine, images: Sequence[int]) -> Predictor:
+        """Binds labels and guidance for some images to an engine.
+
+        Raises:
+            EngineInputError: The network does not take these labels, or has no null label that
+                guidance needs.
+        """
+        condition = engine.spec.label
+        if condition is None:
+            if self.labels is not None or self.guidance != 1:
+                raise EngineInputError(
+                    f"{engine.path} is unconditional: it takes neither labels nor guidance.",
+                    hint="Leave --label and --guidance out.",
+                )
+            return engine
+        classes, null = condition.classes or 1, condition.null
+        labels = self.labels or default_labels(engine.spec)
+        for label in labels:
+            if not (0 <= label < classes or label == null):
+                raise EngineInputError(
+                    f"The label is {label}; this network has labels 0..{classes - 1}"
+                    + ("." if null is None else f" and {null} for none."),
+                    hint="Type --label 0, a list such as --label 0,1,2, or --label none.",
+                )
+        y = np.array([labels[i % len(labels)] for i in images], dtype=condition.dtype)
+        if self.guidance == 1:
+            return partial(engine, **{condition.name: y})
+        if null is None:
+            raise EngineInputError(
+                f"{engine.path} has no null label, so there is nothing to guide away from.",
+                hint="Leave --guidance out.",
+            )
+        both = np.concatenate([y, np.full_like(y, null)])
+        return guided(partial(engine, **{condition.name: both}), self.guidance)
+
+
+def default_labels(spec: ModelSpec) -> tuple[int, ...]:
+    """Returns every class once, the labels of a run that names none."""
+    return tuple(range(spec.label.classes or 1)) if spec.label else ()
+
+
+def sample(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Samples:
+    """Draws some images of a run.
+
+    Args:
+        engine: The network.
+        recipe: What decides the images.
+        images: Their indices; image i is the same whatever stands beside it.
+
+    Returns:
+        float32, (N, *sample_shape).
+
+    Raises:
+        EngineError: The network gave numbers that are not finite.
+        ValueError: The recipe does not fit the network's schedule.
+    """
+    *_, last = steps_of(engine, recipe, images)
+    return last.x
+
+
+def steps_of(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Iterator[Step]:
+    """Yields the steps of `sample`; arguments and errors as there."""
+    noise = SeededNoise(recipe.seed, images, engine.spec.sample_shape)
+    predict = recipe.predictor(engine, images)
+    for step in denoise(predict, recipe.table(engine.spec), noise):
+        if not np.isfinite(step.x).all():
+            raise EngineError(
+                f"{engine.name} gave numbers that are not finite at t = {step.t} (step {step.k}).",
+                hint="See where it begins: ddpm-deploy verify --engine "
+                f"{engine.path} --against CHECKPOINT",
+            )
+        yield step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Images of one recipe in one folder.
+
+    Args:
+        folder: Where images, `grid.png` and `run.json` go.
+        engine: The network, opened.
+        recipe: What decides the images.
+        start: Index of the first image.
+        count: How many.
+        batch: How many the engine draws at once.
+        origin: The command or program that makes the run, for `run.json`.
+    """
+
+    folder: Path
+    engine: Engine
+    recipe: Recipe
+    count: int
+    start: int = 0
+    batch: int = 1
+    origin: Sequence[str] = field(default_factory=tuple)
+
+    def path(self, image: int) -> Path:
+        """Returns the file of an image: a PNG, or NumPy's format where it is no picture."""
+        suffix = ".png" if self.pictures else ".npy"
+        return self.folder / f"{image:06d}{suffix}"
+
+    @property
+    def pictures(self) -> bool:
+        """Tells whether the samples can be pictures."""
+        return is_picture(self.engine.spec.sample_shape)
+
+    @property
+    def images(self) -> range:
+        """The indices of the run's images."""
+        return range(self.start, self.start + self.count)
+
+    @property
+    def report(self) -> Path:
+        """The file that says how the images were made."""
+        return self.folder / "run.json"
+
+    def prepare(self, *, overwrite: bool = False) -> None:
+        """Claims the folder: for a new run, or to continue the same one.
+
+        Raises:
+            RunError: It holds another run, or images that no run made.
+            OSError: It cannot be made or written.
+        """
+        self.recipe.predictor(self.engine, self.images[:1])  # labels are checked before any work
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            self._clear()
+        identity = self._identity()
+        if self.report.exists():
+            before = _read_report(self.report)
+            if differing := _differences(before, identity):
+                raise RunError(
+                    f"{self.folder} holds another run: " + "; ".join(differing) + ".",
+                    hint="Name another folder with -o, or type --overwrite to draw it anew.",
+                )
+        elif found := next(self._files(), None):
+            raise RunError(
+                f"{self.folder} holds {found.name} but no run.json, so nobody knows what made it.",
+                hint="Name another folder with -o, or type --overwrite to remove its images.",
+            )
+        self._write_report(identity, finished=False)
+
+    def missing(self) -> list[int]:
+        """Returns the indices of the images that are still to draw."""
+        return [image for image in self.images if not self.path(image).exists()]
+
+    def blocks(self) -> Iterator[tuple[Sequence[int], list[int]]]:
+        """Yields the batches that have work: their images, and those of them that are missing.
+
+        A block is always the same images, also when a run continues, so that an engine whose
+        rounding depends on the batch still gives the same bytes.
+        """
+        for first in range(self.start, self.start + self.count, self.batch):
+            block = range(first, min(first + self.batch, self.start + self.count))
+            missing = [image for image in block if not self.path(image).exists()]
+            if missing:
+                yield block, missing
+
+    def draw(self, *, gif: Path | None = None, on_step: Callable[[Step], None]) -> Iterator[Path]:
+        """Draws what is missing, a batch at a time.
+
+        Args:
+            gif: Where to write the predicted x_0 of the first images unfolding, if anywhere.
+            on_step: Called after every step, for progress.
+
+        Yields:
+            The path of each image when it is written, whole.
+
+        Raises:
+            EngineError: The network gave numbers that are not finite.
+            OSError: The folder is full, or cannot be written. What is there stays, and counts.
+        """
+        work = dict[int, tuple[Sequence[int], list[int]]](
+            (block[0], (block, missing)) for block, missing in self.blocks()
+        )
+        if gif is not None and not gif.exists() and self.start not in work:
+            work = {self.start: (self.images[: self.batch], []), **work}
+        rows = len(self.recipe.table(self.engine.spec))
+        shown = {round(k) for k in np.linspace(1, rows, min(rows, GIF_FRAMES))}
+        for first, (block, missing) in work.items():
+            frames: list[Pixels] = []
+            for step in steps_of(self.engine, self.recipe, block):
+                on_step(step)
+                if gif is not None and first == self.start and step.k in shown:
+                    frames.append(grid(list(self._pixels(step.x0[:GIF_IMAGES]))))
+                last = step
+            for image in missing:
+                yield self._write(image, last.x[image - first])
+            if gif is not None and frames:
+                frames.append(grid(list(self._pixels(last.x[:GIF_IMAGES]))))
+                write_gif(gif, frames)
+
+    def finish(self, timing: Mapping[str, float]) -> list[Path]:
+        """Writes `grid.png` and the final `run.json`; returns their paths.
+
+        Args:
+            timing: What to record of this invocation: seconds, steps per second.
+        """
+        written = []
+        if self.pictures:
+            shown = self.images[:GRID_IMAGES]
+            channels = self.engine.spec.sample_shape[0]
+            sheet = grid([read_picture(self.path(i), channels=channels) for i in shown])
+            write_png(self.folder / "grid.png", sheet)
+            written.append(self.folder / "grid.png")
+        self._write_report(self._identity(), finished=True, timing=timing)
+        return [*written, self.report]
+
+    def write_npz(self, path: Path) -> None:
+        """Packs the images into one `.npz`, an image at a time.
+
+        `images` is uint8 (N, H, W, C), or float32 (N, *sample_shape) where they are no pictures;
+        `labels`, int64 (N,), is there for class-conditional networks; `index`, int64 (N,).
+        """
+        shape = self.engine.spec.sample_shape
+        dtype, item = (
+            (np.uint8, (*shape[1:], shape[0])) if self.pictures else (np.float32, tuple(shape))
+        )
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": (self.count, *item),
+        }
+        with (
+            whole_file(path) as partial_path,
+            zipfile.ZipFile(partial_path, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
+            with archive.open("images.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_2_0(file, header)
+                for image in self.images:
+                    file.write(self._read(image).tobytes())
+            arrays = {"index": np.array(self.images, dtype=np.int64)}
+            if self.labels:
+                arrays["labels"] = np.array(
+                    [self.labels[i % len(self.labels)] for i in self.images], dtype=np.int64
+                )
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, array)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The labels that the images take in turn; empty for an unconditional network."""
+        return self.recipe.labels or default_labels(self.engine.spec)
+
+    def _write(self, image: int, x: Samples) -> Path:
+        path = self.path(image)
+        for leftover in self.folder.glob(f".{path.stem}.*.part{path.suffix}"):
+            leftover.unlink(missing_ok=True)  # of a process that was killed
+        if self.pictures:
+            write_png(path, self._pixels(x[None])[0])
+        else:
+            with whole_file(path) as partial_path, partial_path.open("wb") as file:
+                np.save(file, x)
+        return path
+
+    def _read(self, image: int) -> np.ndarray[Any, Any]:
+        if self.pictures:
+            return read_picture(self.path(image), channels=self.engine.spec.sample_shape[0])
+        return np.asarray(np.load(self.path(image)))
+
+    def _pixels(self, x: Samples) -> Pixels:
+        spec = self.engine.spec
+        return to_pixels(x, value_range=spec.value_range, rounding=spec.rounding)
+
+    def _files(self) -> Iterator[Path]:
+        for path in sorted(self.folder.iterdir()):
+            if path.stem.isdigit() and len(path.stem) >= 6 and path.suffix in {".png", ".npy"}:
+                yield path
+
+    def _clear(self) -> None:
+        for path in self._files():
+            path.unlink()
+        for name in ("run.json", "grid.png"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _identity(self) -> dict[str, Any]:
+        engine, recipe = self.engine, self.recipe
+        return {
+            "engine sha256": sha256(engine.path),
+            "runtime": engine.describe()["runtime"],
+            "device": engine.name,
+            "seed": recipe.seed,
+            "sampler": recipe.sampler or engine.spec.sampler,
+            "steps": len(recipe.table(engine.spec)),
+            "eta": recipe.eta,
+            "spacing": recipe.spacing,
+            "labels": list(self.labels),
+            "guidance": recipe.guidance,
+            "noise": noise_module.SCHEME,
+        }
+
+    def _write_report(
+        self,
+        identity: Mapping[str, Any],
+        *,
+        finished: bool,
+        timing: Mapping[str, float] | None = None,
+    ) -> None:
+        report = {
+            "tool": f"ddpm-deploy {__version__}",
+            "finished": finished,
+            "identity": dict(identity),
+            "start": self.start,
+            "count": self.count,
+            "batch": self.batch,
+            "command": list(self.origin),
+            "engine": str(self.engine.path),
+            "spec": self.engine.spec.to_dict(),
+            "machine": {
+                "platform": platform.platform(),
+                "processor": platform.machine(),
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+            },
+            "timing": dict(timing or {}),
+        }
+        write_text(self.report, json.dumps(report, indent=2) + "\n")
+
+
+def default_batch(spec: ModelSpec, count: int) -> int:
+    """Chooses a batch that fits a small machine: 4 at 64x64, 16 at 32x32, at most 64.
+
+    Attention at full resolution takes memory with the square of the pixels, unless the runtime
+    fuses it.
+    """
+    pixels = math.prod(spec.sample_shape[1:])
+    return max(1, min(count, 64, 2**14 // pixels))
+
+
+def _read_report(path: Path) -> Mapping[str, Any]:
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} is damaged ({error!r}), so the run cannot be continued.",
+            hint="Name another folder with -o, or type --overwrite to draw it anew.",
+        ) from error
+    if not isinstance(identity, dict):
+        raise RunError(f"{path} is damaged: its identity is no table.")
+    return identity
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} was {before.get(key)}, is {value}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
