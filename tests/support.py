@@ -42,10 +42,10 @@ def write_graph(path: Path, spec: ModelSpec | None, *, bias: float = 0.0) -> Pat
     column = numpy_helper.from_array(np.array([-1, 1, 1, 1], dtype=np.int64), "column")
     constants = [
         column,
-        numpy_helper.from_array(np.float32(0.9), "gain"),
-        numpy_helper.from_array(np.float32(1e-3), "per_step"),
-        numpy_helper.from_array(np.float32(1e-2), "per_label"),
-        numpy_helper.from_array(np.float32(bias), "bias"),
+        numpy_helper.from_array(np.array(0.9, dtype=np.float32), "gain"),
+        numpy_helper.from_array(np.array(1e-3, dtype=np.float32), "per_step"),
+        numpy_helper.from_array(np.array(1e-2, dtype=np.float32), "per_label"),
+        numpy_helper.from_array(np.array(bias, dtype=np.float32), "bias"),
     ]
     nodes = [
         helper.make_node("Tanh", ["x"], ["tanh"]),
