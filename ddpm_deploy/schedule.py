@@ -103,7 +103,12 @@ class Schedule:
         return (1.0 - a_s) / (1.0 - a_t) * self.beta_between(s, t)
 
     def posterior_coefficients(self, t: int, s: int) -> tuple[float, float]:
-        """Returns the factors of x_0 and of x_t in the mean of q(x_s | x_t, x_0) (Eq. 7)."""
+        """Returns the factors of x_0 and of x_t in the mean of q(x_s | x_t, x_0) (Eq. 7).
+
+        For s = -1 they are 1 and 0, without the rounding of the quotient.
+        """
+        if s < 0:
+            return 1.0, 0.0
         a_s, a_t = self.alpha_bar_at(s), self.alpha_bar_at(t)
         b = self.beta_between(s, t)
         from_x0 = math.sqrt(a_s) * b / (1.0 - a_t)
