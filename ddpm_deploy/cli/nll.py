@@ -111,7 +111,7 @@ def command(
         total = count * ((terms or 0) + 1)
         with (
             settings("See: ddpm-deploy nll --help"),
-            Progress(f"bound on {opened.name}", total, "pictures x timesteps") as progress,
+            Progress(f"bound on {opened.name}", total, "evaluations") as progress,
         ):
             found = pooled(part(chosen[i : i + batch]) for i in range(0, count, batch))
         described = opened.describe()
