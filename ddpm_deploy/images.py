@@ -80,7 +80,7 @@ def write_png(path: Path, pixels: Pixels) -> None:
 
 
 def read_picture(path: Path, *, channels: int | None = None) -> Pixels:
-    """Reads a picture of any kind that Pillow knows.
+    """Reads a picture of any kind that Pillow knows, turned as its EXIF says, 16 bits as 8.
 
     Args:
         path: The file.
@@ -93,12 +93,18 @@ def read_picture(path: Path, *, channels: int | None = None) -> Pixels:
     Raises:
         DataError: The file is missing or no picture.
     """
-    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415
+    from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F":
+                raise ValueError("its numbers are floats, and what white is among them is unknown")
+            if image.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits off at 255
+                deep = np.clip(np.asarray(image, dtype=np.float64), 0, 65535)
+                image = Image.fromarray(np.rint(deep / 257).astype(np.uint8))
             if channels is None:
-                channels = 1 if image.mode in {"1", "L", "LA", "I", "I;16"} else 3
+                channels = 1 if image.mode in {"1", "L", "LA"} else 3
             if channels != 4 and (
                 image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info
             ):
@@ -109,7 +115,12 @@ def read_picture(path: Path, *, channels: int | None = None) -> Pixels:
                 pixels = np.asarray(image.convert(CHANNELS[channels]))
     except FileNotFoundError as error:
         raise DataError(f"There is no picture {path}.", hint="Check the path.") from error
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        ValueError,
+    ) as error:
         raise DataError(f"{path} is no picture that can be read: {error}.") from error
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
@@ -119,7 +130,7 @@ def grid(pictures: Sequence[Pixels], *, columns: int | None = None, gap: int = 2
 
     Args:
         pictures: Each uint8, (H, W, C).
-        columns: Pictures a row; about the square root of their number, at most 8, when None.
+        columns: Pictures a row; 8 when None, or the square root of their number if that is more.
         gap: Pixels between them.
 
     Returns:
