@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ddpm_deploy.cli.common import note, settings
+from ddpm_deploy.cli.common import Device, Threads, note, settings
 from ddpm_deploy.errors import TrainError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def command(
     steps: Annotated[int, typer.Option(help="Steps in all.")] = 100_000,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 3e-4,
     warmup: Annotated[int, typer.Option(help="Steps until the full learning rate.")] = 200,
+    cooldown: Annotated[int, typer.Option(help="Last steps, while the rate falls to 0.")] = 0,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
     ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.999,
     clip_grad: Annotated[float, typer.Option(help="Norm to clip gradients to; 0: none.")] = 1.0,
@@ -78,7 +79,8 @@ def command(
     precision: Annotated[
         str, typer.Option(help="32, mixed bf16 or 16; auto: mixed on a GPU.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
     devices: Annotated[
         int, typer.Option(min=1, help="Processes here, one a device; torchrun sets its own.")
     ] = 1,
@@ -120,7 +122,7 @@ def command(
                 "--resume needs the folder of the run.", hint="Type it: -o runs/NAME --resume"
             )
         out = Path("runs", Path(data).resolve().stem)
-    on = room.choose_device(device)
+    on = room.choose_device(device, threads=threads)
 
     with settings(_OPTIONS):
         wanted: dict[str, Any] = {
@@ -136,6 +138,7 @@ def command(
             "steps": steps,
             "lr": lr,
             "warmup": warmup,
+            "cooldown": cooldown,
             "weight_decay": weight_decay,
             "ema": ema,
             "clip_grad": clip_grad,

@@ -21,15 +21,18 @@ _PLUGIN: dict[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
 }
 
 
-def choose_device(wanted: str) -> Literal["cpu", "cuda"]:
+def choose_device(wanted: str, *, threads: int | None = None) -> Literal["cpu", "cuda"]:
     """Returns the kind of device to train on.
 
     Args:
         wanted: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+        threads: CPU threads of this process; PyTorch's choice when None.
 
     Raises:
         TrainError: There is no such device here.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     match wanted:
         case "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"

@@ -34,7 +34,8 @@ class Settings:
         variance: What the sampler shall use: `fixed_small` β̃ or `fixed_large` β.
         batch: Pictures a step, over all processes together.
         lr: Learning rate of AdamW, after the warm-up.
-        warmup: Steps over which the learning rate rises to `lr`.
+        warmup: First steps, over which the learning rate rises to `lr`.
+        cooldown: Last steps, over which it falls to 0.
         weight_decay: Of AdamW.
         ema: Decay of the averaged weights, in [0, 1).
         clip_grad: Norm that the gradient is clipped to; 0 leaves it.
@@ -62,6 +63,7 @@ class Settings:
     batch: int = 64
     lr: float = 3e-4
     warmup: int = 200
+    cooldown: int = 0
     weight_decay: float = 0.01
     ema: float = 0.999
     clip_grad: float = 1.0
@@ -81,7 +83,10 @@ class Settings:
             ("precision", self.precision in get_args(Precision), "32, bf16 or 16"),
             *((n, getattr(self, n) >= 1, "at least 1") for n in ("timesteps", "batch", "steps")),
             *((n, getattr(self, n) >= 1, "at least 1") for n in ("save_every", "samples")),
-            *((n, getattr(self, n) >= 0, "0 or more") for n in ("warmup", "sample_every")),
+            *(
+                (n, getattr(self, n) >= 0, "0 or more")
+                for n in ("warmup", "cooldown", "sample_every")
+            ),
             *((n, getattr(self, n) >= 0, "0 or more") for n in ("weight_decay", "clip_grad")),
             ("lr", self.lr > 0, "above 0"),
             ("ema", 0 <= self.ema < 1, "in [0, 1)"),
@@ -136,10 +141,12 @@ class Settings:
             TrainError: One of them would make it another run.
             ValueError: One of them is outside its range.
         """
+        # The number of steps decides where the cool-down begins.
+        free = FREE - {"steps"} if self.cooldown else FREE
         changed = [
             f"{option(name)} was {show(getattr(self, name))}, not {show(value)}"
             for name, value in changes.items()
-            if name not in FREE and value != getattr(self, name)
+            if name not in free and value != getattr(self, name)
         ]
         if changed:
             raise TrainError(

@@ -119,7 +119,9 @@ class Trainer:
 
     def _advance(self, batch: Batch) -> TrainStep:
         settings = self.settings
-        lr = settings.lr * min(1.0, (self.step + 1) / (settings.warmup + 1))
+        rise = (self.step + 1) / (settings.warmup + 1)
+        fall = (settings.steps - self.step) / (settings.cooldown + 1)
+        lr = settings.lr * min(1.0, rise, fall)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         x0, t, eps = (self._to_device(a) for a in (batch.x0, batch.t, batch.eps))

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch.nn import functional as F  # noqa: N812
+
+from ddpm_deploy.data import ImageData, open_data
+from ddpm_deploy.errors import DataError, TrainError
+from ddpm_deploy.model import UNet
+from ddpm_deploy.train import Trainer, check
+from ddpm_deploy.train.batches import Batches
+from tests.train.conftest import TINY, tiny
+
+
+def copies(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def test_three_steps_are_the_plain_lines_in_torch(digits: ImageData, fabric: Fabric) -> None:
+    settings = tiny(lr=1e-2, clip_grad=0.5, ema=0.5)
+    trainer = Trainer(settings, digits, fabric)
+    for _ in range(3):
+        trainer.advance()
+
+    torch.manual_seed(settings.seed)
+    network = UNet(1, classes=10, widths=TINY)
+    average = copies(network.state_dict())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.01, fused=True)
+    alpha_bar = torch.from_numpy(trainer.spec.schedule.alpha_bar.copy())[:, None, None, None]
+    signal, noise = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+    batches = Batches(
+        data=digits, seed=0, batch=8, timesteps=20, flip=False, drop_label=0.1, classes=10
+    )
+    for step in range(3):
+        batch = batches.at(step)
+        assert batch.y is not None
+        x0, t, eps, y = (torch.from_numpy(v) for v in (batch.x0, batch.t, batch.eps, batch.y))
+        optimizer.param_groups[0]["lr"] = 1e-2 * (step + 1) / 3  # two steps of warm-up
+        out = network(signal[t] * x0 + noise[t] * eps, t, y)
+        optimizer.zero_grad()
+        torch.autograd.backward(F.mse_loss(out, eps))
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        optimizer.step()
+        decay = min(0.5, (2 + step) / (11 + step))
+        for name, value in network.state_dict().items():
+            average[name] = decay * average[name] + (1 - decay) * value
+
+    state = trainer.state()
+    for name, value in network.state_dict().items():
+        assert torch.equal(state["model"][name], value), name
+        # lerp and the sum of two products round otherwise.
+        assert torch.allclose(state["ema"][name], average[name], rtol=0, atol=1e-6), name
+
+
+def test_the_loss_falls(digits: ImageData, fabric: Fabric) -> None:
+    trainer = Trainer(tiny(lr=3e-3, batch=32, steps=60), digits, fabric)
+    losses = [trainer.advance().loss.item() for _ in range(60)]
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_the_learning_rate_rises_and_falls(digits: ImageData, fabric: Fabric) -> None:
+    trainer = Trainer(tiny(lr=1.0, warmup=1, cooldown=2), digits, fabric)
+    rates = [trainer.advance().lr for _ in range(6)]
+    assert np.allclose(rates, [1 / 2, 1, 1, 1, 2 / 3, 1 / 3])
+
+
+def test_a_network_does_not_touch_torchs_own_generator(digits: ImageData, fabric: Fabric) -> None:
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    Trainer(tiny(), digits, fabric).advance()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_samples_are_the_averages_and_the_same_every_time(
+    digits: ImageData, fabric: Fabric
+) -> None:
+    trainer = Trainer(tiny(), digits, fabric)
+    trainer.advance()
+    x = trainer.sample(12, steps=4)
+    assert x.shape == (12, 1, 8, 8)
+    assert np.abs(x).max() <= 1.0
+    assert np.array_equal(x, trainer.sample(12, steps=4))
+
+
+def test_labels_can_be_left_unused(digits: ImageData, fabric: Fabric) -> None:
+    trainer = Trainer(tiny(unconditional=True), digits, fabric)
+    trainer.advance()
+    assert trainer.spec.conditions == ()
+    assert "label_emb.weight" not in trainer.state()["model"]
+    assert trainer.sample(2, steps=2).shape == (2, 1, 8, 8)
+
+
+def test_data_that_do_not_fit_are_refused(digits: ImageData) -> None:
+    with pytest.raises(DataError, match="are 28x28; this network halves them three") as caught:
+        check(tiny(), open_data("digits", image_size=28), 1)
+    assert caught.value.hint.endswith("--image-size 32")
+    with pytest.raises(DataError, match=r"batch of 2000 .* digits has 1797") as caught:
+        check(tiny(batch=2000), digits, 1)
+    assert caught.value.hint.endswith("--batch 1797")
+    with pytest.raises(TrainError, match="8 cannot be shared by 3 processes") as shared:
+        check(tiny(), digits, 3)
+    assert shared.value.hint.endswith("--batch 9")
