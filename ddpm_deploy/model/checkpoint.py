@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
+import pickletools
+import re
+import warnings
 import zipfile
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ddpm_deploy.errors import CheckpointError
+from ddpm_deploy.errors import CheckpointError, MissingDependencyError
 from ddpm_deploy.files import sha256
 from ddpm_deploy.model.families import DOME272, Family, detect
 from ddpm_deploy.schedule import Schedule
@@ -27,6 +30,8 @@ _WRAPPERS: Mapping[Weights, tuple[str, ...]] = {
     "ema": ("ema", "ema_model"),
     "online": ("model", "model_state_dict", "state_dict", "unet", "net", "net_model"),
 }
+_FOLDER = 0x10
+"""The attribute by which the zip library in torch takes a record for a folder."""
 _PREFIXES = ("module.", "_orig_mod.", "model.", "unet.", "ema_model.")
 
 
@@ -67,6 +72,7 @@ def load_network(
     Raises:
         CheckpointError: The file is missing, damaged, no network, needs code to be read, or holds
             numbers that are not finite; or it lacks the weights that were asked for.
+        MissingDependencyError: `.safetensors` needs the package of that name.
         SpecError: The spec in a checkpoint of ours is damaged or of a later version.
     """
     path = Path(path)
@@ -95,6 +101,8 @@ def load_network(
         assumed = _assumed(spec, image_size, schedule)
         if schedule is not None:
             spec = spec.with_changes(schedule=schedule)
+    else:
+        _check_fit(spec, family.spec(state, None), path)
     spec = spec.with_changes(checkpoint_sha256=sha256(path))
     return LoadedNetwork(network=network, spec=spec, weights=taken, assumed=assumed)
 
@@ -118,43 +126,109 @@ def _open(path: Path) -> Any:
         raise _damaged(path, "it is empty")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    _check_sums(path)
+    _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "not an allowed global" not in str(error):
-            raise _damaged(path, str(error).splitlines()[0]) from error
-        raise CheckpointError(
-            f"{path} is a pickle that runs code when it is read ({_global(str(error))}); "
-            "ddpm-deploy reads tensors only, since such a file can do anything to this machine.",
-            hint="Where the file was made, save the weights alone: "
-            "torch.save(model.state_dict(), 'ckpt.pt')",
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks about the pickle's version
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        raise _damaged(path, str(error).splitlines()[0] if str(error) else repr(error)) from error
+        if asked := _global_in(str(error)) or _global_of(path):
+            raise CheckpointError(
+                f"{path} is a pickle that runs code when it is read: it asks for {asked}. "
+                "ddpm-deploy reads tensors only, since such a file can do anything to this "
+                "machine.",
+                hint="Where the file was made, save the weights alone: "
+                "torch.save(model.state_dict(), 'ckpt.pt')",
+            ) from error
+        raise _damaged(path, _reason(path, error)) from error
 
 
 def _open_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"safetensors is needed here to read {path}, and is not installed ({error}).",
+            hint="pip install 'ddpm-deploy[export]'",
+        ) from error
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise _damaged(path, str(error)) from error
 
 
-def _check_sums(path: Path) -> None:
+def _check_archive(path: Path) -> None:
     """Compares every record of a zip checkpoint with its checksum, which torch does not."""
-    if not zipfile.is_zipfile(path):
-        return  # torch's form before 1.6 has no sums
     try:
+        if not zipfile.is_zipfile(path):
+            return  # torch's form before 1.6 has no sums
         with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
             bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # zipfile raises nearly anything on a damaged archive
         raise _damaged(path, str(error)) from error
     if bad is not None:
         raise _damaged(path, f"the checksum of its record {bad} does not match")
+    if folders := [r.filename for r in records if r.is_dir() or r.external_attr & _FOLDER]:
+        # torch reads nothing for a folder, and hands out memory as it finds it.
+        raise _damaged(path, f"its record {folders[0]} is marked as a folder")
+    if any(record.filename.endswith("/constants.pkl") for record in records):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive: a program, not the weights alone.",
+            hint="Save its weights: torch.save(torch.jit.load(FILE).state_dict(), 'ckpt.pt')",
+        )
+
+
+def _global_in(message: str) -> str:
+    """Picks what a pickle wanted to import out of torch's message; empty if it says nothing."""
+    found = re.search(r"GLOBAL ([\w.]+)", message)
+    return found[1] if found else ""
+
+
+def _global_of(path: Path) -> str:
+    """Returns what a pickle would import besides torch's own, without running it.
+
+    torch's reader stops at the first opcode of a newer protocol, before it comes to the import.
+    """
+    strings = deque[str](maxlen=2)
+    try:
+        for opcode, argument, _ in pickletools.genops(_pickle_in(path)):
+            name = ""
+            if opcode.name in {"GLOBAL", "INST"}:
+                name = str(argument).replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                name = ".".join(strings)
+            elif isinstance(argument, str):
+                strings.append(argument)
+            if name and not name.startswith(("torch.", "collections.")):
+                return name
+    except Exception:  # noqa: BLE001  (no pickle, or a damaged one)
+        return ""
+    return ""
+
+
+def _pickle_in(path: Path) -> bytes:
+    if not zipfile.is_zipfile(path):
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return archive.read(name)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Says what is wrong with a file that torch cannot read, in words of ours.
+
+    Torch's own text advises to load the file with `weights_only=False`, which runs its code.
+    """
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" and not zipfile.is_zipfile(path):
+        return "it begins as an archive whose end is missing"
+    if start[:1] != b"\x80" and start != b"PK":
+        return "it is neither an archive nor a pickle"
+    line = next(iter(str(error).splitlines()), "")
+    return "its pickle cannot be read" if not line or "weights_only" in line else line
 
 
 def _unwrap(content: Any, path: Path, weights: Weights | None) -> tuple[Mapping[str, Any], Weights]:
@@ -199,7 +273,7 @@ def _unwrap(content: Any, path: Path, weights: Weights | None) -> tuple[Mapping[
 
 
 def _strip(raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = {k: v.detach() for k, v in raw.items() if isinstance(v, Tensor)}
+    state = {k: v.detach() for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
     while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
@@ -216,13 +290,26 @@ def _build(family: Family, state: Mapping[str, Tensor], path: Path) -> nn.Module
     try:
         network = family.build(state)
         network.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         what = " ".join(str(error).split())
         raise CheckpointError(
             f"{path} looks like {family.name} but its weights do not fit that network: {what}",
             hint="Is it a fork that changed the architecture? See docs/checkpoints.md",
         ) from error
     return network.eval().requires_grad_(False)
+
+
+def _check_fit(spec: ModelSpec, shown: ModelSpec, path: Path) -> None:
+    """Compares a spec that came from elsewhere with what the weights show."""
+    given, wanted = (
+        f"{s.sample_shape[0]} channels and {s.label.classes if s.label else 'no'} labels"
+        for s in (spec, shown)
+    )
+    if given != wanted:
+        raise CheckpointError(
+            f"{path} is a network of {wanted}; the engine beside it has {given}.",
+            hint="Give the checkpoint that the engine was exported from.",
+        )
 
 
 def _own_spec(content: Any, path: Path) -> ModelSpec | None:
@@ -243,7 +330,7 @@ def _assumed(spec: ModelSpec, image_size: int | None, schedule: Schedule | None)
 
 
 def _tensors(mapping: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in mapping.values())
+    return any(isinstance(k, str) and isinstance(v, Tensor) for k, v in mapping.items())
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -251,14 +338,6 @@ def _damaged(path: Path, what: str) -> CheckpointError:
         f"{path} is damaged, or is no checkpoint: {what}.",
         hint="Copy it again from where it was trained, and compare: sha256sum " + str(path),
     )
-
-
-def _global(message: str) -> str:
-    """Picks the name of what the pickle wanted to import out of torch's long message."""
-    for word in message.replace("`", " ").split():
-        if "." in word and word.replace(".", "").replace("_", "").isalnum() and "torch" not in word:
-            return f"it asks for {word}"
-    return "it asks for objects other than tensors"
 
 
 __all__ = ["DOME272", "OWN_FAMILY", "LoadedNetwork", "Weights", "load_network", "read_content"]
