@@ -7,9 +7,12 @@ checkpoint of ours under `spec`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from ddpm_deploy._version import __version__
 from ddpm_deploy.errors import SpecError
@@ -55,6 +58,16 @@ class Condition:
     shape: tuple[int, ...] = ()
     classes: int | None = None
     null: int | None = None
+
+    def _check(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a condition's name is {self.name!r}")
+        np.dtype(self.dtype)  # TypeError when NumPy knows no such
+        if not all(_whole(size, 1) for size in self.shape):
+            raise ValueError(f"the shape of {self.name} is {self.shape}")
+        for what, number, least in [("classes", self.classes, 1), ("null", self.null, 0)]:
+            if number is not None and not _whole(number, least):
+                raise ValueError(f"{what} of {self.name} is {number!r}; it must be a whole number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +229,7 @@ class ModelSpec:
             data["conditions"] = tuple(
                 Condition(**{**c, "shape": tuple(c["shape"])}) for c in data["conditions"]
             )
-            data["sample_shape"] = tuple(int(size) for size in data["sample_shape"])
+            data["sample_shape"] = tuple(data["sample_shape"])
             low, high = data["value_range"]
             data["value_range"] = (float(low), float(high))
             spec = cls(**data)
@@ -237,8 +250,16 @@ class ModelSpec:
         return spec
 
     def _check(self) -> None:
-        if not self.sample_shape or min(self.sample_shape) < 1:
+        if not self.sample_shape or not all(_whole(size, 1) for size in self.sample_shape):
             raise ValueError(f"sample_shape is {self.sample_shape}")
+        texts = ("family", "checkpoint_sha256", "tool_version")
+        if wrong := [name for name in texts if not isinstance(getattr(self, name), str)]:
+            raise ValueError(f"{wrong[0]} is {getattr(self, wrong[0])!r}; it must be text")
+        if not _whole(self.first_timestep, 0) or self.first_timestep >= self.schedule.T:
+            raise ValueError(
+                f"first_timestep is {self.first_timestep!r}; "
+                f"it must lie in 0..{self.schedule.T - 1}"
+            )
         for name, value, allowed in [
             ("prediction", self.prediction, get_args(Prediction)),
             ("variance", self.variance, get_args(Variance)),
@@ -249,10 +270,25 @@ class ModelSpec:
         ]:
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; there are {', '.join(allowed)}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip is {self.clip}; it must be positive")
-        if not self.value_range[0] < self.value_range[1]:
+        if self.clip is not None and not (_number(self.clip) and self.clip > 0):
+            raise ValueError(f"clip is {self.clip!r}; it must be a positive number, or None")
+        low, high = self.value_range
+        if not (_number(low) and _number(high) and low < high):
             raise ValueError(f"value_range is {self.value_range}")
+        taken = {"x", "t"}
+        for condition in self.conditions:
+            condition._check()
+            if condition.name in taken:
+                raise ValueError(f"two inputs are called {condition.name!r}")
+            taken.add(condition.name)
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_schedule(data: Mapping[str, Any]) -> Schedule:
