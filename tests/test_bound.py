@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import special, stats
@@ -328,6 +328,7 @@ def test_fewer_timesteps_estimate_the_same_bound() -> None:
     assert own < 0.02 * expected
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.integers(2, 4000), st.data())
 def test_the_strata_are_a_partition_of_the_timesteps(steps: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, steps - 1))
@@ -476,6 +477,7 @@ def test_the_cosine_schedule_has_a_finite_bound_up_to_its_last_step() -> None:
     assert np.isfinite(found.total)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.floats(-60, 60),
     st.floats(1e-3, 50),

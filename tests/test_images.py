@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -68,6 +68,7 @@ def test_pixels_become_what_torch_s_transforms_make_of_them() -> None:
     np.testing.assert_allclose(from_pixels(pixels), theirs.numpy(), rtol=0, atol=2e-7)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.floats(-3, 3, width=32))
 def test_a_pixel_is_the_nearest_level_or_the_one_below(value: float) -> None:
     x = np.full((1, 1, 1, 1), value, np.float32)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -71,6 +71,7 @@ def test_steps_that_do_not_divide_the_schedule_are_those_of_diffusers() -> None:
         assert timesteps(1000, n, spacing="trailing") == trailing.tolist()
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.integers(1, 4000), st.data())
 def test_a_stride_has_every_timestep_once_and_descends(steps: int, data: st.DataObject) -> None:
     n = data.draw(st.integers(1, steps))
@@ -99,6 +100,7 @@ def test_a_number_of_steps_outside_of_the_schedule_is_refused() -> None:
 # --- Tables against closed forms ---
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.sampled_from(["epsilon", "sample", "v_prediction"]),
     st.floats(-1, 1),
@@ -171,6 +173,7 @@ def test_ddim_with_eta_1_is_ddpm(
             assert getattr(a, name) == pytest.approx(getattr(b, name), rel=0, abs=1e-11), name
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.floats(0, 1),
     st.integers(1, 100),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import special, stats
@@ -126,6 +126,7 @@ def test_beta_tilde_and_the_mean_are_equation_7(schedule: Schedule) -> None:
         assert abs(schedule.posterior_variance(t, t - 1) - small) < 1e-12
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(betas, st.data())
 def test_a_stride_s_posterior_is_that_of_the_schedule_with_the_kept_alpha_bars(
     beta: NDArray[np.float64], data: st.DataObject
@@ -154,6 +155,7 @@ def test_the_posterior_of_the_first_step_is_the_clean_image(schedule: Schedule) 
     assert variance == 0
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(betas)
 def test_one_jump_has_the_moments_of_single_steps(beta: NDArray[np.float64]) -> None:
     """Exact: the mean's factors multiply; the variance is scaled by α and grows by β."""
