@@ -485,7 +485,7 @@ def test_the_cosine_schedule_has_a_finite_bound_up_to_its_last_step() -> None:
 def test_the_normal_s_weight_of_an_interval_equals_scipy_s(low: float, width: float) -> None:
     # At 60 the logarithms are 1,800, each rounded to 2e-13; a width of 1e-3 makes that 4e-12 of
     # their difference.
-    expected = log_weight(np.float64(low), np.float64(low + width))
+    expected = log_weight(np.array(low), np.array(low + width))
     assert float(log_normal_between(low, low + width)) == pytest.approx(
         float(expected), rel=1e-11, abs=1e-11
     )

@@ -62,10 +62,10 @@ def test_sigmoid_is_jabri_s_algorithm_1() -> None:
         v_start, v_end = special.expit(start / tau), special.expit(end / tau)
         return float((v_end - special.expit((t * (end - start) + start) / tau)) / (v_end - v_start))
 
-    for settings in [(-3.0, 3.0, 1.0), (0.0, 3.0, 0.3), (-3.0, 3.0, 0.7)]:
-        start, end, tau = settings
+    for curve in [(-3.0, 3.0, 1.0), (0.0, 3.0, 0.3), (-3.0, 3.0, 0.7)]:
+        start, end, tau = curve
         schedule = sigmoid(200, start=start, end=end, tau=tau)
-        expected = np.array([gamma((t + 1) / 200, *settings) for t in range(200)])
+        expected = np.array([gamma((t + 1) / 200, *curve) for t in range(200)])
         # The last ᾱ is 0 in the paper; β is capped at 0.999 there.
         np.testing.assert_allclose(schedule.alpha_bar[:-1], expected[:-1], rtol=1e-9)
         assert 0 < schedule.alpha_bar[-1] < 2e-3 * schedule.alpha_bar[-2]
