@@ -6,6 +6,7 @@ that was killed ends with the same bytes as one that was not.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import platform
@@ -30,6 +31,8 @@ from ddpm_deploy.sampling import Predictor, Sampler, Spacing, Step, Table, denoi
 from ddpm_deploy.spec import ModelSpec
 
 GRID_IMAGES = 64
+GIF_NAME = "x0.gif"
+NPZ_NAME = "samples.npz"
 GIF_IMAGES = 16
 GIF_FRAMES = 48
 
@@ -126,7 +129,8 @@ def steps_of(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Iterator[
     noise = SeededNoise(recipe.seed, images, engine.spec.sample_shape)
     predict = recipe.predictor(engine, images)
     for step in denoise(predict, recipe.table(engine.spec), noise):
-        if not np.isfinite(step.x).all():
+        # Clipping turns an infinite output into a finite picture, so the output is looked at too.
+        if not (np.isfinite(step.x).all() and np.isfinite(step.out).all()):
             raise EngineError(
                 f"{engine.name} gave numbers that are not finite at t = {step.t} (step {step.k}).",
                 hint="See where it begins: ddpm-deploy verify --engine "
@@ -203,20 +207,23 @@ class Run:
             )
         self._write_report(identity, finished=False)
 
-    def missing(self) -> list[int]:
-        """Returns the indices of the images that are still to draw."""
-        return [image for image in self.images if not self.path(image).exists()]
+    def missing(self) -> int:
+        """Counts the images that are still to draw."""
+        return sum(not self.path(image).exists() for image in self.images)
 
-    def blocks(self) -> Iterator[tuple[Sequence[int], list[int]]]:
+    def blocks(self, *, gif: Path | None = None) -> Iterator[tuple[Sequence[int], list[int]]]:
         """Yields the batches that have work: their images, and those of them that are missing.
 
         A block is always the same images, also when a run continues, so that an engine whose
         rounding depends on the batch still gives the same bytes.
+
+        Args:
+            gif: As in `draw`; while it is not there, the first batch has work.
         """
         for first in range(self.start, self.start + self.count, self.batch):
             block = range(first, min(first + self.batch, self.start + self.count))
             missing = [image for image in block if not self.path(image).exists()]
-            if missing:
+            if missing or (first == self.start and gif is not None and not gif.exists()):
                 yield block, missing
 
     def draw(self, *, gif: Path | None = None, on_step: Callable[[Step], None]) -> Iterator[Path]:
@@ -233,14 +240,10 @@ class Run:
             EngineError: The network gave numbers that are not finite.
             OSError: The folder is full, or cannot be written. What is there stays, and counts.
         """
-        work = dict[int, tuple[Sequence[int], list[int]]](
-            (block[0], (block, missing)) for block, missing in self.blocks()
-        )
-        if gif is not None and not gif.exists() and self.start not in work:
-            work = {self.start: (self.images[: self.batch], []), **work}
         rows = len(self.recipe.table(self.engine.spec))
         shown = {round(k) for k in np.linspace(1, rows, min(rows, GIF_FRAMES))}
-        for first, (block, missing) in work.items():
+        for block, missing in self.blocks(gif=gif):
+            first = block[0]
             frames: list[Pixels] = []
             for step in steps_of(self.engine, self.recipe, block):
                 on_step(step)
@@ -313,8 +316,10 @@ class Run:
         if self.pictures:
             write_png(path, self._pixels(x[None])[0])
         else:
-            with whole_file(path) as partial_path, partial_path.open("wb") as file:
-                np.save(file, x)
+            content = io.BytesIO()  # np.save hides a full disk's error code
+            np.save(content, x)
+            with whole_file(path) as partial_path:
+                partial_path.write_bytes(content.getbuffer())
         return path
 
     def _read(self, image: int) -> np.ndarray[Any, Any]:
@@ -334,7 +339,7 @@ class Run:
     def _clear(self) -> None:
         for path in self._files():
             path.unlink()
-        for name in ("run.json", "grid.png"):
+        for name in ("run.json", "grid.png", GIF_NAME, NPZ_NAME):
             (self.folder / name).unlink(missing_ok=True)
 
     def _identity(self) -> dict[str, Any]:
@@ -382,13 +387,13 @@ class Run:
 
 
 def default_batch(spec: ModelSpec, count: int) -> int:
-    """Chooses a batch that fits a small machine: 4 at 64x64, 16 at 32x32, at most 64.
+    """Chooses a batch that fits a small machine: 1 at 64x64, 4 at 32x32, 64 at 8x8.
 
     Attention at full resolution takes memory with the square of the pixels, unless the runtime
     fuses it.
     """
     pixels = math.prod(spec.sample_shape[1:])
-    return max(1, min(count, 64, 2**14 // pixels))
+    return max(1, min(count, 64, 2**12 // pixels))
 
 
 def _read_report(path: Path) -> Mapping[str, Any]:

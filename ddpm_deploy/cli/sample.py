@@ -71,7 +71,7 @@ def command(
     from typing import cast
 
     from ddpm_deploy.engines import open_engine
-    from ddpm_deploy.run import Recipe, Run, default_batch
+    from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Recipe, Run, default_batch
     from ddpm_deploy.sampling import Sampler, Spacing
 
     with open_engine(engine, threads=threads, device=device) as opened:
@@ -98,15 +98,11 @@ def command(
         if gif and not run.pictures:
             raise DDPMDeployError("These samples are no pictures, so there is no --gif.")
         run.prepare(overwrite=overwrite)
-        missing = len(run.missing())
+        missing = run.missing()
         if missing < count:
             note(f"{output} holds {count - missing} of {count} images; {missing} to draw")
-        gif_path = output / "x0.gif" if gif else None
-        if gif_path and overwrite:
-            gif_path.unlink(missing_ok=True)
-        blocks = sum(1 for _ in run.blocks())
-        if blocks == 0 and gif_path and not gif_path.exists():
-            blocks = 1
+        gif_path = output / GIF_NAME if gif else None
+        blocks = sum(1 for _ in run.blocks(gif=gif_path))
         drawn = 0
 
         def left() -> int:
@@ -135,8 +131,8 @@ def command(
         if gif_path:
             paths.append(gif_path)
         if npz:
-            run.write_npz(output / "samples.npz")
-            paths.append(output / "samples.npz")
+            run.write_npz(output / NPZ_NAME)
+            paths.append(output / NPZ_NAME)
         if json:
             print_json(
                 {
