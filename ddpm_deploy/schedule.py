@@ -110,9 +110,10 @@ class Schedule:
         if s < 0:
             return 1.0, 0.0
         a_s, a_t = self.alpha_bar_at(s), self.alpha_bar_at(t)
-        b = self.beta_between(s, t)
-        from_x0 = math.sqrt(a_s) * b / (1.0 - a_t)
-        from_x = math.sqrt(1.0 - b) * (1.0 - a_s) / (1.0 - a_t)
+        # Not 1 - β, which has no digits left where a long stride makes β almost 1.
+        alpha = float(self.alpha[t]) if s == t - 1 else a_t / a_s
+        from_x0 = math.sqrt(a_s) * self.beta_between(s, t) / (1.0 - a_t)
+        from_x = math.sqrt(alpha) * (1.0 - a_s) / (1.0 - a_t)
         return from_x0, from_x
 
     def diffuse(self, x0: ArrayLike, t: int | Timesteps, noise: ArrayLike) -> Samples:

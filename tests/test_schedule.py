@@ -135,16 +135,15 @@ def test_a_stride_s_posterior_is_that_of_the_schedule_with_the_kept_alpha_bars(
     t = data.draw(st.integers(1, schedule.T - 1))
     s = data.draw(st.integers(0, t - 1))
     _, a = exact(schedule)
-    jump = 1 - a[t + 1] / a[s + 1]
-    prior, likelihood = 1 / (1 - a[s + 1]), (1 - jump) / jump
+    left = a[t + 1] / a[s + 1]
+    prior, likelihood = 1 / (1 - a[s + 1]), left / (1 - left)
     # β of 1e-6 leaves 10 digits of 1 - ᾱ.
-    tolerance = {"rel": 1e-8, "abs": 1e-12}
-    assert schedule.beta_between(s, t) == pytest.approx(float(jump), **tolerance)
+    assert schedule.beta_between(s, t) == pytest.approx(float(1 - left), rel=1e-8)
     variance = 1 / (prior + likelihood)
-    assert schedule.posterior_variance(t, s) == pytest.approx(float(variance), **tolerance)
+    assert schedule.posterior_variance(t, s) == pytest.approx(float(variance), rel=1e-8)
     from_x0, from_x = schedule.posterior_coefficients(t, s)
-    assert from_x0 == pytest.approx(float(variance * prior * np.sqrt(a[s + 1])), **tolerance)
-    assert from_x == pytest.approx(float(variance * likelihood / np.sqrt(1 - jump)), **tolerance)
+    assert from_x0 == pytest.approx(float(variance * prior * np.sqrt(a[s + 1])), rel=1e-8)
+    assert from_x == pytest.approx(float(variance * likelihood / np.sqrt(left)), rel=1e-8)
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=str)
