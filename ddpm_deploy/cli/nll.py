@@ -63,8 +63,6 @@ def command(
     stays the same. A network that never saw t = 0 in training (dome272's) is
     measured there all the same, in L_0.
     """
-    from functools import partial
-
     import numpy as np
 
     from ddpm_deploy.arrays import Samples, Timesteps
@@ -97,10 +95,10 @@ def command(
         low, high = spec.value_range
 
         def part(indices: Timesteps) -> Bound:
-            predict = partial(opened, **{k: v[indices] for k, v in conditions.items()})
+            of_these = {name: values[indices] for name, values in conditions.items()}
 
             def counted(x: Samples, t: Timesteps) -> Samples:
-                out = predict(x, t)
+                out = opened(x, t, **of_these)
                 progress.advance(len(x))
                 return out
 

@@ -35,7 +35,7 @@ def write_gaussian(path: Path, spec: ModelSpec) -> Path:
         helper.make_node("Mul", ["x", "g"], ["scaled"]),
         helper.make_node("Add", ["scaled", "s"], ["out"]),
     ]
-    shape = ["batch", *spec.sample_shape]
+    shape: list[str | int | None] = ["batch", *spec.sample_shape]
     graph = helper.make_graph(
         nodes,
         "gaussian",
@@ -55,10 +55,11 @@ def write_gaussian(path: Path, spec: ModelSpec) -> Path:
 def write_data(path: Path, n: int = 40, *, labels: bool = False, size: int = 8) -> Path:
     generator = np.random.default_rng(0)
     x = generator.normal(MEAN, STD, (n, size, size))
-    arrays = {"images": np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)}
+    images = np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
     if labels:
-        arrays["labels"] = np.arange(n) % 3
-    np.savez(path, **arrays)
+        np.savez(path, images=images, labels=np.arange(n) % 3)
+    else:
+        np.savez(path, images=images)
     return path
 
 
@@ -185,7 +186,7 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
     labelled = write_data(tmp_path / "labelled.npz", 6, labels=True)
     plain = write_data(tmp_path / "plain.npz", 6)
     sequence = ModelSpec(sample_shape=(8, 8), schedule=linear(5))
-    for arguments, message in [
+    mistakes: list[tuple[list[str | Path], str]] = [
         (["--engine", engine, "--data", labelled], "has labels 0..2; this network has 0..1."),
         (["--engine", no_null, "--data", plain], "has no labels, and this network has no null"),
         (["--engine", no_null, "--data", labelled, "--label-free"], "has no null label"),
@@ -198,7 +199,8 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
             ["--engine", write_graph(tmp_path / "s.onnx", sequence), "--data", plain],
             "no pictures",
         ),
-    ]:
+    ]
+    for arguments, message in mistakes:
         code, out, err = run(*arguments)
         assert code == 2, message
         assert out == ""
