@@ -49,8 +49,10 @@ class _Group(typer.core.TyperGroup):
             if error.errno == errno.EPIPE:  # the reader of our output left: `| head`
                 raise typer.Exit(0) from error
             where = f": {error.filename}" if error.filename else ""
-            hint = "Free some space, or write elsewhere." if error.errno == errno.ENOSPC else ""
-            _say(f"{error.strerror or error}{where}", hint)
+            what = error.strerror or str(error)
+            if error.errno == errno.EEXIST:  # from making a folder
+                what = "A file stands where a folder is needed"
+            _say(f"{what}{where}.", "Write elsewhere with -o, or free some space.")
             raise typer.Exit(2) from error
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002  (the base class's)

@@ -23,7 +23,15 @@ Threads = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+
+
+def _seed(value: int) -> int:
+    if value >= 1 << 64:  # said here, since a range of 20 digits does not fit the help
+        raise typer.BadParameter(f"{value} is not in 0..2^64-1")
+    return value
+
+
+Seed = Annotated[int, typer.Option(min=0, callback=_seed, help="Seed of the noise.")]
 
 
 @contextmanager

@@ -71,6 +71,7 @@ def command(
     from typing import cast
 
     from ddpm_deploy.engines import open_engine
+    from ddpm_deploy.noise import SeededNoise
     from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Recipe, Run, default_batch
     from ddpm_deploy.sampling import Sampler, Spacing
 
@@ -86,6 +87,7 @@ def command(
         )
         with settings("See: ddpm-deploy sample --help"):
             rows = len(recipe.table(opened.spec))
+            SeededNoise(seed, [start + count - 1], opened.spec.sample_shape)  # the last index fits
         run = Run(
             folder=output,
             engine=opened,

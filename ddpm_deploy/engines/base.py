@@ -47,7 +47,7 @@ class Engine(ABC):
         Raises:
             EngineInputError: An array has the wrong dtype, shape or range, or a condition is
                 missing or unknown.
-            EngineError: The runtime failed.
+            EngineError: The runtime failed, or gave another shape.
         """
         n = self._check("x", x, "float32", self.spec.sample_shape, None)
         self._check("t", t, "int64", (), n)
@@ -72,7 +72,13 @@ class Engine(ABC):
                         f"{name} is {value.min()}..{value.max()}; "
                         f"this network has labels 0..{last}."
                     )
-        return self._run({"x": x, "t": t, **conditions})
+        out = self._run({"x": x, "t": t, **conditions})
+        if out.shape != (n, *self.spec.output_shape):
+            raise EngineError(
+                f"{self.path} gives {out.shape}; its spec says {(n, *self.spec.output_shape)}.",
+                hint="Export the network again: ddpm-deploy export CHECKPOINT",
+            )
+        return out
 
     @abstractmethod
     def _run(self, feeds: Mapping[str, Array]) -> Samples:

@@ -56,14 +56,7 @@ class OrtEngine(Engine):
             )
         self.name = f"onnxruntime {'CUDA' if active == _CUDA else 'CPU'}"
         self.spec = _read_spec(self._session, path)
-        self._types = {i.name: i.type for i in self._session.get_inputs()}
-        expected = {"x", "t", *(c.name for c in self.spec.conditions)}
-        if self._types.keys() != expected:
-            raise SpecError(
-                f"{path} has the inputs {', '.join(self._types)}, but its spec says "
-                f"{', '.join(sorted(expected))}.",
-                hint="Export the network again: ddpm-deploy export CHECKPOINT",
-            )
+        _check_inputs(self._session, self.spec, path)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
         try:
@@ -130,6 +123,30 @@ def _read_spec(session: Any, path: Path) -> ModelSpec:
             hint="Export it from its checkpoint: ddpm-deploy export CHECKPOINT -o " + path.name,
         )
     return ModelSpec.from_json(text, source=str(path))
+
+
+def _check_inputs(session: Any, spec: ModelSpec, path: Path) -> None:
+    """Compares the graph's inputs with what the spec says; the first axis is the batch."""
+    wanted = {"x": _input("float32", spec.sample_shape), "t": _input("int64", ())}
+    wanted |= {c.name: _input(c.dtype, c.shape) for c in spec.conditions}
+    given = {i.name: (i.type, (*i.shape[1:],)) for i in session.get_inputs()}
+    if given != wanted:
+        raise SpecError(
+            f"{path} has the inputs {_listed(given)}, but its spec says {_listed(wanted)}.",
+            hint="Export the network again: ddpm-deploy export CHECKPOINT",
+        )
+
+
+def _input(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    names = {"float32": "float", "float64": "double"}  # ONNX Runtime's words
+    return f"tensor({names.get(dtype, dtype)})", shape
+
+
+def _listed(inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(
+        f"{name} {kind} ({', '.join(['N', *map(str, shape)])})"
+        for name, (kind, shape) in sorted(inputs.items())
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -78,8 +78,14 @@ class TorchEngine(Engine):
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
         tensors = [torch.from_numpy(value).to(self.device) for value in feeds.values()]
-        with torch.inference_mode():
-            return np.asarray(self.network(*tensors).cpu().numpy(), dtype=np.float32)
+        try:
+            with torch.inference_mode():
+                return np.asarray(self.network(*tensors).cpu().numpy(), dtype=np.float32)
+        except RuntimeError as error:  # torch's out-of-memory error is one too
+            raise EngineError(
+                f"PyTorch failed on a batch of {len(feeds['x'])}: {str(error).splitlines()[0]}",
+                hint="If it ran out of memory, type a smaller --batch.",
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         """Returns what identifies the runtime, for reports."""
