@@ -7,7 +7,6 @@ reads the table and calls the function.
 from __future__ import annotations
 
 from ddpm_deploy._version import __version__
-from ddpm_deploy.bound import Bound, bound
 from ddpm_deploy.engines import Engine, open_engine
 from ddpm_deploy.errors import DDPMDeployError
 from ddpm_deploy.noise import SeededNoise
@@ -25,7 +24,6 @@ from ddpm_deploy.schedule import Schedule, cosine, linear, scaled_linear, sigmoi
 from ddpm_deploy.spec import Condition, ModelSpec
 
 __all__ = [
-    "Bound",
     "Condition",
     "DDPMDeployError",
     "Engine",
@@ -35,7 +33,6 @@ __all__ = [
     "Step",
     "Transition",
     "__version__",
-    "bound",
     "cosine",
     "ddim",
     "ddpm",
