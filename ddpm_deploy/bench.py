@@ -6,7 +6,7 @@ The engines take turns, so that a machine that grows warm or busy is so for all 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,14 +89,20 @@ def engine_loop(engine: Engine, recipe: Recipe, batch: int) -> Loop:
 
 
 def measure(
-    loops: dict[str, Loop], *, batch: int, rows: int, steps: int, repeat: int, warm_up: int
+    loops: Mapping[str, Loop],
+    *,
+    batch: int,
+    rows: Mapping[str, int],
+    steps: int,
+    repeat: int,
+    warm_up: int,
 ) -> Iterator[Measurement]:
     """Times loops in turns.
 
     Args:
         loops: By name.
         batch: Images at once.
-        rows: Steps of the sampler's whole loop, for images a second.
+        rows: Steps of each sampler's whole loop, by name, for images a second.
         steps: Steps a turn.
         repeat: Turns each.
         warm_up: Steps of each loop that are not counted, before the first turn.
@@ -112,7 +118,7 @@ def measure(
         for name, loop in loops.items():
             times[name].extend(loop(steps))
     for name, taken in times.items():
-        yield _summary(name, taken, batch, rows)
+        yield _summary(name, taken, batch, rows[name])
 
 
 def _summary(name: str, taken: Sequence[StepTime], batch: int, rows: int) -> Measurement:

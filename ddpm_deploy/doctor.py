@@ -85,7 +85,17 @@ def _onnxruntime() -> list[Finding]:
                 fix="pip install 'ddpm-deploy[cpu]' (or [gpu] with an NVIDIA GPU)",
             )
         ]
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:  # there, but not for this Python, NumPy or C library
+        return [
+            Finding(
+                what="onnxruntime CPU",
+                ok=False,
+                detail=f"installed, but cannot be imported: {error}",
+                fix="pip install --force-reinstall 'ddpm-deploy[cpu]'",
+            )
+        ]
 
     providers = onnxruntime.get_available_providers()
     version = onnxruntime.__version__

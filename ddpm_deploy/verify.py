@@ -19,7 +19,7 @@ from ddpm_deploy.errors import ParityError
 from ddpm_deploy.images import to_pixels
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.run import Recipe
-from ddpm_deploy.sampling import denoise
+from ddpm_deploy.sampling import Step, denoise
 from ddpm_deploy.spec import ModelSpec
 
 SAME_MODEL = (
@@ -206,7 +206,7 @@ class Verifier:
     def __iter__(self) -> Iterator[StepError]:
         free = denoise(self._engine, self.table, self._noise)
         for wanted in denoise(self._reference, self.table, self._noise):
-            if not np.isfinite(wanted.x).all():
+            if not _finite(wanted):
                 raise ParityError(
                     f"The reference itself gives numbers that are not finite at t = {wanted.t}.",
                     hint="Was the checkpoint trained to the end? Compare another one.",
@@ -216,7 +216,7 @@ class Verifier:
                 denoise(self._engine, [self.table[k - 1]], partial(self._draw, k), x=wanted.x_t)
             )
             given = next(free)
-            if not (np.isfinite(local.x).all() and np.isfinite(given.x).all()):
+            if not (_finite(local) and _finite(given)):
                 self._not_finite = wanted.t
                 return
             self._last = wanted.x, given.x
@@ -246,7 +246,7 @@ class Verifier:
         else:
             wanted, given = (
                 to_pixels(
-                    x[:, None] if x.ndim < 4 else x,
+                    x if x.ndim == 4 else x.reshape(len(x), 1, 1, -1),
                     value_range=self._spec.value_range,
                     rounding=self._spec.rounding,
                 ).astype(np.int64)
@@ -263,6 +263,11 @@ class Verifier:
             largest_pixel=int(difference.max()),
             budget=self.budget,
         )
+
+
+def _finite(step: Step) -> bool:
+    # Clipping turns an infinite output into a finite picture, so the output is looked at too.
+    return bool(np.isfinite(step.x).all() and np.isfinite(step.out).all())
 
 
 def _relative(given: Samples, wanted: Samples) -> float:

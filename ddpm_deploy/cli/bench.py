@@ -15,7 +15,6 @@ from ddpm_deploy.cli.common import (
     note,
     print_json,
     print_table,
-    settings,
 )
 
 
@@ -52,10 +51,10 @@ def command(
     from ddpm_deploy.run import Recipe
 
     recipe = Recipe(seed=seed)
-    opened: list[Engine] = [
-        open_engine(path, threads=threads, device=device) for path in engine or [Path("unet.onnx")]
-    ]
+    paths = list(dict.fromkeys(engine or [Path("unet.onnx")]))
+    opened: list[Engine] = [open_engine(path, threads=threads, device=device) for path in paths]
     loops: dict[str, Loop] = {}
+    rows: dict[str, int] = {}
     spec = opened[0].spec
     if against is not None:
         reference = open_engine(against, threads=threads, device=device, spec=spec)
@@ -66,12 +65,16 @@ def command(
                 f"{against} is no checkpoint, so it has no loop in PyTorch.",
                 hint=f"Time it as an engine: --engine {against}",
             )
-        loops[f"{reference.name} loop"] = torch_loop(reference, recipe, batch)
+        name = f"{reference.name} loop"
+        loops[name] = torch_loop(reference, recipe, batch)
+        rows[name] = len(recipe.table(reference.spec))
+    alike = len({path.name for path in paths}) < len(paths)
     for each in opened:
-        loops[f"{each.name} {each.path.name}"] = engine_loop(each, recipe, batch)
-    with settings("See: ddpm-deploy bench --help"):
-        rows = len(recipe.table(spec))
-    note(f"timing {len(loops)} loops: {repeat} turns of {min(steps, rows)} steps at batch {batch}")
+        name = f"{each.name} {each.path if alike else each.path.name}"
+        loops[name] = engine_loop(each, recipe, batch)
+        rows[name] = len(recipe.table(each.spec))
+    shortest = min(steps, *rows.values())
+    note(f"timing {len(loops)} loops: {repeat} turns of {shortest} steps at batch {batch}")
     results = [*measure(loops, batch=batch, rows=rows, steps=steps, repeat=repeat, warm_up=warm_up)]
     for each in opened:
         each.close()
@@ -86,7 +89,8 @@ def command(
             }
         )
         return
-    table = Table(title=f"batch {batch}, {rows} steps an image", title_justify="left")
+    lengths = " or ".join(map(str, dict.fromkeys(rows.values())))
+    table = Table(title=f"batch {batch}, {lengths} steps an image", title_justify="left")
     table.add_column("loop", overflow="fold")
     for name in ("step ms", "p90", "steps/s", "images/s", "loop's own", "ratio"):
         table.add_column(name, justify="right")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from ddpm_deploy.cli.common import (
     print_table,
     settings,
 )
+
+if TYPE_CHECKING:
+    from ddpm_deploy.spec import ModelSpec
 
 ROWS = 12
 """Timesteps that the table shows; --json has all of them."""
@@ -59,7 +62,7 @@ def command(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Compare a deployed loop with the trained model, timestep by timestep.
+    """Compare a deployed loop with the trained model, step by step.
 
     Local error: both networks are fed the reference's own x_t. Accumulated
     error: each runs free on the same noise. Exits 1 outside the budget.
@@ -100,7 +103,7 @@ def command(
             "tool": f"ddpm-deploy {__version__}",
             "engine": {**deployed.describe(), "sha256": sha256(engine)},
             "reference": {**reference.describe(), "sha256": sha256(against)},
-            "exported_from_this_checkpoint": spec.checkpoint_sha256 == sha256(against),
+            "same_checkpoint": _same_checkpoint(reference.spec, spec),
             "seed": seed,
             "images": count,
             "sampler": sampler or spec.sampler,
@@ -119,6 +122,12 @@ def command(
     else:
         _print(report, what)
     raise typer.Exit(1 if failures else 0)
+
+
+def _same_checkpoint(reference: ModelSpec, engine: ModelSpec) -> bool | None:
+    """Tells whether both come from one file; None where one of them does not say."""
+    hashes = reference.checkpoint_sha256, engine.checkpoint_sha256
+    return hashes[0] == hashes[1] if all(hashes) else None
 
 
 def _print(report: dict[str, object], what: str) -> None:
@@ -158,8 +167,8 @@ def _print(report: dict[str, object], what: str) -> None:
             f"images: {data['equal_pixels']:.3%} of pixels equal, {data['close_pixels']:.3%} "
             f"within one level, PSNR {worst_psnr}"
         )
-    if not data["exported_from_this_checkpoint"]:
-        typer.echo("note: the engine's spec names another checkpoint file than this one")
+    if data["same_checkpoint"] is False:
+        typer.echo("note: the engine was exported from another checkpoint file than this one")
     for line in data["failures"]:
         typer.echo(f"outside: {line}")
     typer.echo("verdict: " + ("the same model" if data["passed"] else "NOT the same model"))

@@ -142,19 +142,24 @@ def test_ctrl_c_says_how_to_continue() -> None:
     check_that_it_continues(before)
 
 
-def test_the_engine_is_not_asked_again_for_another_command(folder: Path) -> None:
-    sample("-n", 2, "-o", "run")
-    for arguments, differing in [
-        (["--seed", 1], "seed was 0, is 1"),
+@pytest.mark.parametrize(
+    ("arguments", "differing"),
+    [
+        (["--seed", "1"], "seed was 0, is 1"),
         (["--sampler", "ddim"], "sampler was ddpm, is ddim"),
-        (["--steps", 4], "steps was 20, is 4"),
-    ]:
-        before = contents(folder)
-        outcome = sample("-n", 2, "-o", "run", *arguments)
-        assert refusal(outcome) == f"run holds another run: {differing}."
-        assert " hint: Name another folder with -o, or type --overwrite" in outcome.err
-        assert contents(folder) == before
-    assert sample("-n", 2, "-o", "run", "--seed", 1, "--overwrite").code == 0
+        (["--steps", "4"], "steps was 20, is 4"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(
+    folder: Path, arguments: list[str], differing: str
+) -> None:
+    sample("-n", 2, "-o", "run")
+    before = contents(folder)
+    outcome = sample("-n", 2, "-o", "run", *arguments)
+    assert refusal(outcome) == f"run holds another run: {differing}."
+    assert " hint: Name another folder with -o, or type --overwrite" in outcome.err
+    assert contents(folder) == before
+    assert sample("-n", 2, "-o", "run", *arguments, "--overwrite").code == 0
 
 
 def test_pictures_of_somebody_else_are_refused(folder: Path) -> None:
@@ -174,7 +179,8 @@ def test_labels_and_guidance_reach_the_network() -> None:
         "guided": ["--label", "3", "--guidance", "4"],
     }
     for out, arguments in settings.items():
-        assert sample("-e", "labelled.onnx", "-n", 4, "-o", out, *arguments).code == 0
+        outcome = sample("-e", "labelled.onnx", "-n", 4, "-o", out, *arguments)
+        assert outcome.code == 0
     assert pictures("plain") == pictures("turns")
     assert pictures("threes")["000003.png"] == pictures("turns")["000003.png"]
     assert pictures("threes")["000000.png"] != pictures("turns")["000000.png"]
