@@ -110,7 +110,9 @@ class Trainer:
         batch = next(self._stream)
         try:
             return self._advance(batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                raise
             raise TrainError(
                 f"{self.fabric.device} has too little memory for {len(batch.x0)} pictures of "
                 f"{'x'.join(map(str, self.spec.sample_shape))}.",

@@ -95,6 +95,27 @@ def test_labels_can_be_left_unused(digits: ImageData, fabric: Fabric) -> None:
     assert trainer.sample(2, steps=2).shape == (2, 1, 8, 8)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_too_little_memory_names_a_smaller_batch(
+    digits: ImageData, fabric: Fabric, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    trainer = Trainer(tiny(), digits, fabric)
+
+    def full(*_: object) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(trainer, "_loss", full)
+    with pytest.raises(TrainError, match="cpu has too little memory for 8 pictures") as caught:
+        trainer.advance()
+    assert caught.value.hint.endswith("--batch 4")
+
+
 def test_data_that_do_not_fit_are_refused(digits: ImageData) -> None:
     with pytest.raises(DataError, match="are 28x28; this network halves them three") as caught:
         check(tiny(), open_data("digits", image_size=28), 1)
