@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +99,8 @@ def command(
     Ctrl-C saves before it stops, and --resume goes on exactly. Curves and
     sample grids: tensorboard --logdir runs
     """
+    import shlex
+
     from ddpm_deploy.engines.base import needs
 
     with needs("lightning_fabric", extra="train"):
@@ -130,7 +131,7 @@ def command(
             "image_size": image_size,
             "channels": channels,
             "unconditional": unconditional,
-            "widths": parse_all_widths(width, widths, UNetWidths),
+            "widths": room.parse_widths(widths, UNetWidths.scaled(width)),
             "schedule": schedule,
             "timesteps": timesteps,
             "variance": variance,
@@ -184,7 +185,7 @@ def command(
     if not leader:
         return
     if outcome.signal is not None:
-        again = f"ddpm-deploy train --resume -o {_quoted(out)}"
+        again = f"ddpm-deploy train --resume -o {shlex.quote(str(out))}"
         if on != "cpu" and device != "auto":
             again += f" --device {device}"
         if devices > 1:
@@ -194,22 +195,9 @@ def command(
     typer.echo(outcome.checkpoint)
 
 
-def parse_all_widths(width: int, widths: str, kind: Any) -> Any:
-    """Returns the widths of the network: the original's proportions, with single blocks changed."""
-    from ddpm_deploy.train import parse_widths
-
-    return parse_widths(widths, kind.scaled(width))
-
-
 def _typed(ctx: typer.Context, name: str) -> bool:
     source = ctx.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
-
-
-def _quoted(path: Path) -> str:
-    import shlex
-
-    return shlex.quote(str(path))
 
 
 def _introduce(data: ImageData, run: Settings) -> None:
@@ -244,30 +232,27 @@ def _watching(run: Settings, start: int, *, on: bool) -> Iterator[Callable[[Prog
     )
     task = bar.add_task("train", total=run.steps, completed=start, figures="")
     began = spoke = time.perf_counter()
-    last = start
+    latest: Progress | None = None
 
     def figures(progress: Progress) -> str:
         speed = (progress.step - start) * run.batch / max(time.perf_counter() - began, 1e-9)
         return f"loss {progress.loss:.4f}, {speed:.0f} images/s"
 
     def watch(progress: Progress) -> None:
-        nonlocal spoke, last
-        last = progress.step
-        bar.update(task, completed=last, figures=figures(progress))
+        nonlocal spoke, latest
+        latest = progress
+        bar.update(task, completed=progress.step, figures=figures(progress))
         now = time.perf_counter()
-        ends = last == run.steps
-        if not on or (not ends and (console.is_terminal or now - spoke < _LINE_EVERY)):
-            return
-        spoke = now
-        if ends:
-            note(f"step {last}, {figures(progress)}, {_duration(now - began)}")
-        else:
-            left = (run.steps - last) * (now - began) / (last - start)
-            note(f"step {last}/{run.steps}, {figures(progress)}, {_duration(left)} left")
+        if on and not console.is_terminal and now - spoke >= _LINE_EVERY:
+            spoke = now
+            left = (run.steps - progress.step) * (now - began) / (progress.step - start)
+            note(f"step {progress.step}/{run.steps}, {figures(progress)}, {_duration(left)} left")
 
     with bar:
         yield watch
-    sys.stderr.flush()
+    if on and latest is not None:
+        seconds = time.perf_counter() - began
+        note(f"step {latest.step}, {figures(latest)}, {_duration(seconds)}")
 
 
 def _duration(seconds: float) -> str:
