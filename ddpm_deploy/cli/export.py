@@ -43,6 +43,8 @@ def command(
 
     if weights not in {None, "ema", "online"}:
         raise typer.BadParameter(f"{weights!r} is neither ema nor online", param_hint="--weights")
+    if output.suffix != ".onnx":
+        raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
     with needs("torch", extra="export"):
         from ddpm_deploy.export import export_network
         from ddpm_deploy.model import load_network
@@ -62,8 +64,6 @@ def command(
         schedule=asked,
         weights=cast("Weights | None", weights),
     )
-    if output.suffix != ".onnx":
-        raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
     spec = loaded.spec
     shape = "x".join(map(str, spec.sample_shape))
     note(f"{checkpoint}: {spec.family}, {loaded.weights} weights, {shape}")

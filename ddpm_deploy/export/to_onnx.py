@@ -72,18 +72,18 @@ def export_network(network: nn.Module, spec: ModelSpec, path: Path, *, opset: in
     start = time.perf_counter()
     if opset not in OPSETS:
         raise ValueError(f"opset is {opset}; this exporter writes {OPSETS[0]} to {OPSETS[-1]}")
-    model = _trace(network, spec, opset)
-    _strip_provenance(model)
-    onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
-    model.producer_name, model.producer_version = "ddpm-deploy", spec.tool_version
-    data = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.data")
-    try:
-        with whole_file(path) as partial:
+    with whole_file(path) as partial:  # a folder that cannot be made fails before the long work
+        model = _trace(network, spec, opset)
+        _strip_provenance(model)
+        onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+        model.producer_name, model.producer_version = "ddpm-deploy", spec.tool_version
+        data = partial.with_name(f"{path.stem}.{secrets.token_hex(4)}.data")
+        try:
             _save(model, partial, data)
             deviations = check_graph(partial, network, spec)
-    except BaseException:
-        data.unlink(missing_ok=True)
-        raise
+        except BaseException:
+            data.unlink(missing_ok=True)
+            raise
     return Exported(
         path=path,
         spec=spec,
