@@ -137,10 +137,8 @@ def _print(report: dict[str, object], what: str) -> None:
 
     data = cast("dict[str, Any]", report)
     steps = data["steps"]
-    table = Table(
-        title=f"{what}, {data['images']} images, {len(steps)} steps; max error over the peak",
-        title_justify="left",
-    )
+    typer.echo(f"{what}, {data['images']} images, {len(steps)} steps")
+    table = Table(title="largest error over the reference's peak", title_justify="left")
     for name in ("t", "local ε", "local x_0", "local x", "free ε", "free x_0", "free x"):
         table.add_column(name, justify="right")
     shown = sorted({round(i * (len(steps) - 1) / (ROWS - 1)) for i in range(ROWS)}) if steps else []

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,20 +21,17 @@ from tests.commands import Outcome, contents, finish, refusal, run, start
 from tests.support import tiny_network, write_checkpoint, write_state_dict
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The graph of `write_checkpoint`'s network: tracing one takes seconds, so it is done once."""
-    folder = tmp_path_factory.mktemp("traced")
-    outcome = run("export", write_checkpoint(folder / "ckpt.pt"), "-o", folder / "unet.onnx")
-    assert outcome.code == 0, outcome.err
-    return folder / "unet.onnx"
+@pytest.fixture
+def traced(exported: Path) -> Path:
+    """The graph of the checkpoint that is in the folder."""
+    return exported / "unet.onnx"
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a checkpoint in it, in which every command runs."""
     monkeypatch.chdir(tmp_path)
-    write_checkpoint(Path("ckpt.pt"))
+    write_checkpoint(Path("ckpt.pt"), classes=3)
     return tmp_path
 
 
@@ -54,8 +52,9 @@ def test_the_file_is_named_and_says_where_it_came_from(traced: Path) -> None:
     engine, reference = open_engine(traced), open_engine(traced.with_name("ckpt.pt"))
     x = np.random.default_rng(0).standard_normal((3, 1, 8, 8), dtype=np.float32)
     t = np.array([0, 7, 19])
-    wanted = reference(x, t)
-    assert np.abs(engine(x, t) - wanted).max() <= 2e-5 * np.abs(wanted).max()
+    y = np.array([0, 2, 3])
+    wanted = reference(x, t, y=y)
+    assert np.abs(engine(x, t, y=y) - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
 @pytest.mark.usefixtures("quick")
@@ -73,7 +72,7 @@ def test_json_has_the_measurements() -> None:
     report = json.loads(export("ckpt.pt", "-o", "net.onnx", "--json").out)
     assert (report["path"], report["opset"], report["weights"]) == ("net.onnx", 20, "ema")
     assert report["bytes"] == Path("net.onnx").stat().st_size
-    assert report["parameters"] == sum(p.numel() for p in tiny_network().parameters())
+    assert report["parameters"] == sum(p.numel() for p in tiny_network(classes=3).parameters())
     assert 0 <= report["largest_deviation"] <= 2e-5
     assert report["assumed"] == []
     assert report["spec"]["sample_shape"] == [1, 8, 8]
@@ -82,7 +81,7 @@ def test_json_has_the_measurements() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_what_was_assumed_is_said() -> None:
-    torch.save(tiny_network().state_dict(), "bare.pt")
+    torch.save(tiny_network(classes=3).state_dict(), "bare.pt")
     outcome = export("bare.pt", "--image-size", 8, "--schedule", "cosine", "--timesteps", 50)
     assert outcome.code == 0, outcome.err
     assert "  assumed, since the file does not say: prediction epsilon" in outcome.err
@@ -186,7 +185,7 @@ def test_wrong_usage_exits_with_2_and_leaves_nothing(folder: Path, arguments: li
 @pytest.mark.parametrize("older", [True, False])
 @pytest.mark.usefixtures("quick")
 def test_a_graph_that_is_not_the_network_never_gets_its_name(folder: Path, older: bool) -> None:
-    write_checkpoint(Path("other.pt"), seed=1)  # its weights are not the traced graph's
+    write_checkpoint(Path("other.pt"), classes=3, seed=1)  # its weights are not the traced graph's
     if older:
         assert export("ckpt.pt", "-o", "new/unet.onnx").code == 0
     before = contents(folder)
@@ -276,8 +275,6 @@ def test_a_small_tmpfs_that_is_full_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_package_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     for name in [name for name in sys.modules if name.startswith("ddpm_deploy.export")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx", None)
