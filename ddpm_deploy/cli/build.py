@@ -29,6 +29,7 @@ def command(
     """
     from dataclasses import asdict
 
+    from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES
     from ddpm_deploy.engines.build import build_ort
 
     if fp16 or (output is not None and output.suffix == ".plan"):
@@ -37,6 +38,11 @@ def command(
             f"{what} a TensorRT plan, which this release does not build yet.",
             hint="Build an ONNX Runtime engine in float32 instead: ddpm-deploy build "
             f"{graph}, then ddpm-deploy sample --engine {graph.with_suffix('.ort.onnx')}",
+        )
+    if graph.suffix in CHECKPOINT_SUFFIXES:
+        raise EngineBuildError(
+            f"{graph} is a checkpoint; build takes the ONNX file made from it.",
+            hint=f"Export it first: ddpm-deploy export {graph} -o unet.onnx",
         )
     output = output or graph.with_suffix(".ort.onnx")
     if output.suffix != ".onnx":

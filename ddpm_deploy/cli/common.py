@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,8 +82,11 @@ def print_table(table: Table) -> None:
     """Prints a table to stdout, as wide as the terminal, or 80 columns in a pipe."""
     from rich.console import Console
 
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
-    console.print(table)
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():  # rich fills every line up with spaces
+        typer.echo(line.rstrip())
 
 
 class Progress:

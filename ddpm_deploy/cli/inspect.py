@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ddpm_deploy.cli.common import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from ddpm_deploy.spec import Condition
 
 
 def command(
@@ -43,11 +46,15 @@ def command(
         "written by": f"ddpm-deploy {spec.tool_version}",
     }
     for condition in spec.conditions:
-        null = "" if condition.null is None else f", {condition.null} for none"
-        rows[f"condition {condition.name}"] = (
-            f"{condition.meaning}, {condition.dtype} {condition.shape}, "
-            f"{condition.classes} classes{null}"
-        )
+        rows[f"condition {condition.name}"] = describe(condition)
     for key, value in rows.items():
         table.add_row(key, str(value))
     print_table(table)
+
+
+def describe(condition: Condition) -> str:
+    """Returns a condition in words."""
+    text = f"{condition.meaning}, {condition.dtype} {condition.shape}"
+    if condition.classes is not None:
+        text += f", {condition.classes} classes"
+    return text if condition.null is None else f"{text}, {condition.null} for none"

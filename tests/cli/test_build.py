@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm_deploy import open_engine
+from ddpm_deploy.engines import build as build_module
+from tests.commands import Outcome, contents, refusal, run
+from tests.support import tiny_spec, write_graph
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a graph in it, in which every command runs."""
+    monkeypatch.chdir(tmp_path)
+    write_graph(Path("unet.onnx"), tiny_spec(classes=4))
+    return tmp_path
+
+
+def build(*arguments: object) -> Outcome:
+    return run("build", *arguments)
+
+
+def test_without_tensorrt_the_engine_is_onnx_runtime_s_and_the_command_says_so() -> None:
+    outcome = build()
+    assert (outcome.code, outcome.out) == (0, "unet.ort.onnx\n")
+    first, second = outcome.err.splitlines()
+    assert first == "no TensorRT in this release: building an ONNX Runtime engine in float32"
+    assert "of the peak from unet.onnx" in second
+    assert sorted(contents(Path())) == ["unet.onnx", "unet.ort.onnx"]
+
+
+def test_the_engine_is_the_graph_and_samples() -> None:
+    build("unet.onnx", "-o", "engines/fast.onnx")
+    graph, engine = open_engine("unet.onnx"), open_engine("engines/fast.onnx")
+    assert engine.spec == graph.spec
+    x = np.random.default_rng(0).standard_normal((3, 1, 8, 8), dtype=np.float32)
+    t, y = np.array([0, 5, 19]), np.array([0, 3, 4])
+    np.testing.assert_allclose(engine(x, t, y=y), graph(x, t, y=y), atol=2e-5)
+    assert run("sample", "-e", "engines/fast.onnx", "-n", 2).code == 0
+
+
+def test_json_has_the_measurements() -> None:
+    report = json.loads(build("--json").out)
+    assert report["path"] == "unet.ort.onnx"
+    assert report["runtime"].startswith("onnxruntime 1.")
+    assert report["runtime"].endswith(" CPU")
+    assert 0 <= report["deviation"] <= 2e-5
+    for name in ("load_seconds", "graph_load_seconds", "seconds"):
+        assert report[name] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fp16"], "--fp16 needs a TensorRT plan, which this release does not build yet."),
+        (["-o", "unet.plan"], "unet.plan is the name of a TensorRT plan, which this release does"),
+        (["missing.onnx"], "There is no file missing.onnx."),
+        (["notes.txt"], "notes.txt is not an engine: its suffix is '.txt'."),
+        (["garbage.onnx"], "cannot load garbage.onnx"),
+        (["bare.onnx"], "bare.onnx carries no ddpm-deploy spec"),
+        (["-o", "unet.onnx"], "The engine would overwrite the graph it is built from, unet.onnx."),
+        (["--device", "cuda"], "has no CUDA"),
+        (["-o", "notes.txt/a.onnx"], "A file stands where a folder is needed: notes.txt."),
+        (["-o", "new/dir.onnx/a.onnx", "bare.onnx"], "bare.onnx carries no ddpm-deploy spec"),
+    ],
+)
+def test_what_cannot_be_is_one_message_and_leaves_nothing(
+    folder: Path, arguments: list[str], message: str
+) -> None:
+    Path("notes.txt").write_text("notes")
+    Path("garbage.onnx").write_bytes(b"garbage")
+    write_graph(Path("bare.onnx"), None)
+    before = contents(folder)
+    assert message in refusal(build(*arguments))
+    assert contents(folder) == before
+
+
+def test_half_precision_ends_with_the_way_forward() -> None:
+    outcome = build("--fp16")
+    assert (
+        " hint: Build an ONNX Runtime engine in float32 instead: ddpm-deploy build unet.onnx, "
+        "then ddpm-deploy sample --engine unet.ort.onnx"
+    ) in outcome.err
+
+
+def test_a_checkpoint_is_exported_first(folder: Path) -> None:
+    Path("ckpt.pt").write_bytes(b"weights")
+    before = contents(folder)
+    outcome = build("ckpt.pt")
+    assert refusal(outcome) == "ckpt.pt is a checkpoint; build takes the ONNX file made from it."
+    assert " hint: Export it first: ddpm-deploy export ckpt.pt -o unet.onnx" in outcome.err
+    assert contents(folder) == before
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    outcome = build("-o", "engine.bin")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "engine.bin must end in .onnx" in outcome.err
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_an_engine_that_is_another_function_never_gets_its_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    if older:
+        Path("unet.ort.onnx").write_bytes(b"the older one")
+    before = contents(folder)
+    monkeypatch.setattr(build_module, "_compare", lambda *_: 3e-4)
+    outcome = build()
+    assert "The engine is not the graph it was built from: they differ by 3.0e-04" in refusal(
+        outcome
+    )
+    assert contents(folder) == before
+
+
+def test_a_folder_s_name_is_no_engine_s(folder: Path) -> None:
+    Path("taken.onnx").mkdir()
+    before = contents(folder)
+    assert refusal(build("-o", "taken.onnx")) == "Is a directory: taken.onnx."
+    assert contents(folder) == before
