@@ -1,0 +1,238 @@
+"""The arrows between rooms, and what each room may need of the machine."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ddpm_deploy
+from ddpm_deploy.cli.app import COMMANDS
+from tests.commands import finish, start
+from tests.support import tiny_spec, write_graph
+
+PACKAGE = Path(ddpm_deploy.__file__).parent
+
+HEAVY = {
+    "lightning_fabric",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "safetensors",
+    "sklearn",
+    "tensorboard",
+    "tensorrt",
+    "tensorrt_rtx",
+    "torch",
+}
+
+ARROWS = {
+    # A file or a room, and the rooms that it may import from. All may import the top.
+    "top": set[str](),
+    "model": {"model"},
+    "train": {"train", "model", "engines"},
+    "export": {"export", "model", "engines"},
+    "engines": {"engines"},
+    "engines.base": {"engines"},
+    "engines.pytorch": {"engines", "model"},
+    "cli": {"cli", "engines", "export", "model", "train"},
+}
+
+ROOMS_OF = {
+    # What a room may import where its files begin.
+    "model": {"torch"},
+    "train": {"torch", "lightning_fabric"},
+    "export": {"torch", "onnx"},
+    "engines.ort": {"onnxruntime"},
+    "engines.pytorch": {"torch"},
+    "engines.openvino": {"openvino"},
+}
+
+INSIDE_FUNCTIONS = {
+    # Deliberate: a file that only sometimes needs the package asks for it then.
+    ("cli.export", "onnxruntime"): "the check needs it, and says so before the work",
+    ("data", "sklearn"): "the digits",
+    ("doctor", "onnxruntime"): "its providers",
+    ("model.checkpoint", "safetensors"): "files of that kind",
+}
+
+
+def files() -> Iterator[tuple[str, ast.Module]]:
+    """Yields each file of the package as (dotted name below it, its syntax)."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+        if parts[-1] == "__init__" and len(parts) > 1:
+            parts.pop()
+        yield ".".join(parts), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Yields the dotted names that a piece of code imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the package"
+            assert node.module
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(name: str) -> str:
+    """Returns the room of a file below the package; `top` for those in none."""
+    first = name.split(".", maxsplit=1)[0]
+    return first if (PACKAGE / first).is_dir() else "top"
+
+
+def test_arrows_between_rooms_point_one_way() -> None:
+    wrong = []
+    for name, tree in files():
+        if name == "__main__":
+            continue  # a door to cli
+        allowed = ARROWS.get(name, ARROWS[room(name)])
+        for target in imported(tree):
+            if not target.startswith("ddpm_deploy."):
+                continue
+            below = target.removeprefix("ddpm_deploy.")
+            if room(below) == "top" or room(below) in allowed or room(name) == room(below):
+                continue
+            if name == "__init__" or room(name) == "top":
+                # The top knows what an engine is, and no runtime.
+                doors = {"engines", "engines.Engine", "engines.open_engine"}
+                if below in doors or below.startswith("engines.base"):
+                    continue
+            wrong.append(f"{name} imports {below}")
+    assert wrong == []
+
+
+def test_one_engine_knows_no_other() -> None:
+    runtimes = {"ort", "pytorch", "openvino", "trt"}
+    for name, tree in files():
+        if name.startswith("engines.") and name not in {"engines.base", "engines.build"}:
+            others = runtimes - {name.removeprefix("engines.")}
+            found = {target.removeprefix("ddpm_deploy.engines.") for target in imported(tree)}
+            assert not others & found, name
+
+
+def heavy(tree: ast.AST) -> set[str]:
+    return {target.split(".")[0] for target in imported(tree)} & HEAVY
+
+
+def test_heavy_packages_are_imported_in_their_rooms_alone() -> None:
+    for name, tree in files():
+        functions = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        inside = set[str]().union(*(heavy(function) for function in functions))
+        allowed = ROOMS_OF.get(name, ROOMS_OF.get(room(name), set()))
+        at_the_top = heavy(tree) - inside
+        assert at_the_top <= allowed, name
+        lazy = {package for file, package in INSIDE_FUNCTIONS if file == name}
+        assert inside - allowed == lazy, name
+
+
+def test_the_door_opens_a_runtime_only_when_it_is_asked_for() -> None:
+    tree = dict(files())["engines.base"]
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    targets = {target for node in top for target in imported(node)}
+    assert not any(t.startswith("ddpm_deploy.engines.") for t in targets)
+
+
+def python(code: str, *arguments: object) -> str:
+    """Runs code in a fresh Python; returns what it prints."""
+    outcome = finish(start(*arguments, python=["-c", code]))
+    assert outcome.code == 0, outcome
+    return outcome.out
+
+
+@pytest.mark.parametrize("module", ["ddpm_deploy", "ddpm_deploy.cli.app"])
+def test_importing_the_device_s_side_imports_nothing_heavy(module: str) -> None:
+    loaded = json.loads(
+        python(f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))")
+    )
+    tops = {name.split(".")[0] for name in loaded}
+    assert not tops & (HEAVY | {"PIL", "scipy", "rich", "pandas"})
+
+
+WITHOUT = """
+import sys
+for name in ("torch", "onnx", "onnxscript", "safetensors", "lightning_fabric", "sklearn"):
+    sys.modules[name] = None
+from ddpm_deploy.cli.app import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--help",
+        *(f"{name} --help" for name in COMMANDS),
+        "doctor",
+        "inspect unet.onnx",
+        "sample -e unet.onnx -n 2 --gif --npz",
+        "build unet.onnx",
+        "verify -e unet.onnx --against same.onnx",
+        "bench -e unet.onnx --steps 2 --repeat 1 --warm-up 1",
+    ],
+)
+def test_a_device_needs_neither_torch_nor_onnx(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("unet.onnx", "same.onnx"):
+        write_graph(Path(name), tiny_spec())
+    assert python(WITHOUT, *command.split())
+
+
+def test_without_torch_the_commands_that_need_it_say_so(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "ckpt.pt"
+    checkpoint.write_bytes(b"weights")
+    for command in ("export", "inspect"):
+        outcome = finish(start(command, checkpoint, python=["-c", WITHOUT]))
+        assert outcome.code == 2
+        assert "error: torch is needed here" in outcome.err
+        assert " hint: pip install 'ddpm-deploy[export]'" in outcome.err
+
+
+def test_a_device_with_one_runtime_samples_what_this_machine_samples(tmp_path: Path) -> None:
+    device = os.environ.get("DDPM_DEPLOY_DEVICE_PYTHON")
+    if not device:
+        pytest.skip(
+            "DDPM_DEPLOY_DEVICE_PYTHON names no Python with ddpm-deploy[cpu] alone; "
+            "`make test` makes one"
+        )
+    graph = write_graph(tmp_path / "unet.onnx", tiny_spec())
+
+    def on_device(*arguments: object) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        return subprocess.run(
+            [device, *map(str, arguments)],
+            cwd=tmp_path,
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+
+    for package in ("torch", "onnx"):
+        missing = on_device("-c", f"import {package}")
+        assert f"No module named '{package}'" in missing.stderr
+    drawn = on_device("-m", "ddpm_deploy", "sample", "-e", graph, "-n", 3, "-o", "there")
+    assert drawn.returncode == 0, drawn.stderr
+    assert drawn.stdout.splitlines()[0] == "there/000000.png"
+    here = finish(start("sample", "-e", graph, "-n", 3, "-o", tmp_path / "here"))
+    assert here.code == 0
+    for name in ("000000.png", "000001.png", "000002.png"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    assert on_device("-m", "ddpm_deploy", "doctor").returncode == 0
+    assert sys.executable != device
