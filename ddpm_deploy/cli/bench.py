@@ -15,6 +15,7 @@ from ddpm_deploy.cli.common import (
     note,
     print_json,
     print_table,
+    rate,
 )
 
 
@@ -99,8 +100,8 @@ def command(
             r.name,
             f"{1000 * r.median:.2f}",
             f"{1000 * r.p90:.2f}",
-            f"{r.steps_per_second:.3g}",
-            f"{r.images_per_second:.3g}",
+            rate(r.steps_per_second),
+            rate(r.images_per_second),
             "" if r.overhead == 0 else f"{r.overhead:.1%}",
             f"{base / r.median:.2f}",
         )

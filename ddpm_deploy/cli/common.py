@@ -89,6 +89,11 @@ def print_table(table: Table) -> None:
         typer.echo(line.rstrip())
 
 
+def rate(value: float) -> str:
+    """Returns so many a second in three digits, and never as a power of ten."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
 class Progress:
     """A bar on a terminal's stderr, with speed and time left; silent in a pipe but for the end.
 
@@ -138,7 +143,7 @@ class Progress:
     @property
     def speed(self) -> str:
         """Units a second so far, in words."""
-        return f"{self.done / max(self.seconds, 1e-9):.3g} {self.unit}/s"
+        return f"{rate(self.done / max(self.seconds, 1e-9))} {self.unit}/s"
 
     def advance(self, count: int = 1, extra: str = "") -> None:
         """Counts units that are done; `extra` stands before the speed."""

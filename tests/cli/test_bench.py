@@ -72,6 +72,7 @@ def test_the_table_has_the_columns_and_fits_80() -> None:
     for column in ("loop", "step ms", "p90", "steps/s", "images/s", "loop's own", "ratio"):
         assert column in lines[2]
     assert max(map(len, lines)) <= 80
+    assert "e+" not in outcome.out
     assert outcome.err == "timing 2 loops: 2 turns of 3 steps at batch 1\n"
 
 
