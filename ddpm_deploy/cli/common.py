@@ -105,7 +105,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         self.what, self.total, self.unit = what, total, unit
@@ -115,7 +115,7 @@ class Progress:
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(compact=True),
             console=console,
