@@ -51,7 +51,7 @@ def test_three_steps_are_the_plain_lines_in_torch(digits: ImageData, fabric: Fab
         out = network(signal[t] * x0 + noise[t] * eps, t, y)
         optimizer.zero_grad()
         torch.autograd.backward(F.mse_loss(out, eps))
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        torch.nn.utils.clip_grad_norm_([*rest, first], 0.5)
         optimizer.step()
         decay = min(0.5, (2 + step) / (11 + step))
         for name, value in network.state_dict().items():
@@ -59,9 +59,10 @@ def test_three_steps_are_the_plain_lines_in_torch(digits: ImageData, fabric: Fab
 
     state = trainer.state()
     for name, value in network.state_dict().items():
-        # Sums over arrays that lie elsewhere in memory, and lerp, round otherwise.
-        assert torch.allclose(state["model"][name], value, rtol=0, atol=1e-6), name
-        assert torch.allclose(state["ema"][name], average[name], rtol=0, atol=1e-6), name
+        # Keys have a bias whose gradient is rounding alone, which AdamW makes as large as any
+        # other: so 1e-5. A wrong rate or decay moves weights by 1e-3.
+        assert torch.allclose(state["model"][name], value, rtol=0, atol=1e-5), name
+        assert torch.allclose(state["ema"][name], average[name], rtol=0, atol=1e-5), name
 
 
 def test_the_loss_falls(digits: ImageData, fabric: Fabric) -> None:
