@@ -4,7 +4,8 @@
 
 A support-vector machine learns scikit-learn's real digits, which is all it ever sees. The engine
 then draws `-n` digits, the labels 0 to 9 in turn, and the machine reads them. Exit code 0 when it
-reads at least `--at-least` of them as the label that was asked for, 1 when not.
+reads at least `--at-least` of them as the label that was asked for, 1 when not, 2 when the engine
+cannot be opened.
 """
 
 from __future__ import annotations
@@ -109,4 +110,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except DDPMDeployError as error:
-        sys.exit(f"error: {error}\n hint: {error.hint}")
+        print(f"error: {error}\n hint: {error.hint}", file=sys.stderr)
+        sys.exit(2)
