@@ -34,6 +34,14 @@ demo: $(VENV)/.installed
 	@echo "as they form:  $(OUT)/samples/x0.gif"
 	@echo "the report:    $(OUT)/verify.json"
 
+train-demo: $(VENV)/.installed
+	$(BIN)/ddpm-deploy train --data digits -o runs/digits --overwrite \
+		--widths 'inc=24 down=48,32,16 bottom=16,16 up=32,24,24 up_middle=32,32,24 time=64' \
+		--batch 128 --steps 1500 --lr 0.003 --cooldown 500 --ema 0.995
+	$(BIN)/python demo/check_digits.py --engine runs/digits/ckpt.pt -n 1000 --steps 100
+	@echo
+	@echo "the network:   runs/digits/ckpt.pt"
+
 test: $(VENV)/.installed $(DEVICE)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

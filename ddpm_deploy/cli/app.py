@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -86,7 +87,8 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
+    ctx: typer.Context,
+    version: Annotated[  # noqa: ARG001  (its callback has done it)
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
@@ -95,6 +97,11 @@ def _root(
     Exit codes: 0 done; 1 a check said no (verify, doctor); 2 could not (bad
     input, missing runtime, usage); 130 stopped by Ctrl-C.
     """
+    if ctx.invoked_subcommand != "bench":  # which times PyTorch as it comes
+        # Threads that spin while they wait starve each other, and ONNX Runtime's beside them,
+        # where cores are shared: a step of 10 ms then takes 500. OpenMP reads this when torch is
+        # imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def command(
     ] = "",
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Folder of the run; runs/NAME OF DATA if left out."),
+        typer.Option("--output", "-o", help="Folder of the run; runs/NAME OF DATA if left out."),
     ] = None,
     image_size: Annotated[
         int | None,
@@ -99,12 +99,8 @@ def command(
     Ctrl-C saves before it stops, and --resume goes on exactly. Curves and
     sample grids: tensorboard --logdir runs
     """
-    import os
     import shlex
 
-    # Threads that spin while they wait starve each other where the cores are shared: a step of the
-    # digits then takes 3 s instead of 0.13 s. OpenMP reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from ddpm_deploy.engines.base import needs
 
     with needs("lightning_fabric", extra="train"):
