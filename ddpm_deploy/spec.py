@@ -27,7 +27,7 @@ from ddpm_deploy.sampling import (
     ddpm,
     dome272,
 )
-from ddpm_deploy.schedule import SCHEDULES, Schedule, named_schedule
+from ddpm_deploy.schedule import Schedule, named_schedule
 
 FORMAT = 1
 """Version of the JSON form. A reader refuses a later one."""
@@ -161,7 +161,7 @@ class ModelSpec:
                 )
             case "dome272":
                 own = self.schedule.T - 1
-                if steps not in {None, own} or eta:
+                if steps not in {None, own} or eta or spacing != "leading":
                     raise ValueError(
                         f"the dome272 loop has neither a stride nor eta: {own} steps here; "
                         "ddpm and ddim have"
@@ -182,7 +182,7 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Returns the spec as JSON's types: numbers, strings, lists and dicts."""
         schedule: dict[str, Any] = {"name": self.schedule.name, "T": self.schedule.T}
-        if self.schedule.name in SCHEDULES:
+        if _is_named(self.schedule):
             schedule["parameters"] = dict(self.schedule.parameters)
         else:
             schedule["beta"] = self.schedule.beta.tolist()
@@ -203,7 +203,7 @@ class ModelSpec:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # no JSON, a number or a nest without end
             raise _damaged(source, f"not JSON: {error}") from error
         return cls.from_dict(data, source=source)
 
@@ -234,7 +234,7 @@ class ModelSpec:
             data["value_range"] = (float(low), float(high))
             spec = cls(**data)
             spec._check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise _damaged(source, what) from error
         return spec
@@ -291,7 +291,17 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_named(schedule: Schedule) -> bool:
+    """Tells whether name and parameters alone give these betas, whatever the schedule is called."""
+    try:
+        return named_schedule(schedule.name, schedule.T, **schedule.parameters) == schedule
+    except ValueError:
+        return False
+
+
 def _read_schedule(data: Mapping[str, Any]) -> Schedule:
+    if not isinstance(data["name"], str):
+        raise TypeError(f"the schedule's name is {data['name']!r}; it must be text")
     if "beta" in data:
         return Schedule(data["beta"], data["name"])
     return named_schedule(data["name"], data["T"], **data["parameters"])

@@ -122,6 +122,15 @@ def test_betas_without_a_name_travel_as_they_are() -> None:
     assert ModelSpec.from_json(spec.to_json()).schedule == Schedule(beta)
 
 
+def test_betas_that_borrow_a_name_travel_as_they_are() -> None:
+    for borrowed in (
+        Schedule(np.array([0.1, 0.2, 0.7]), "linear"),
+        Schedule(np.array([0.1, 0.2, 0.7]), "linear", {"s": 1.0}),
+    ):
+        spec = SPEC.with_changes(schedule=borrowed)
+        assert ModelSpec.from_json(spec.to_json()).schedule == borrowed
+
+
 # --- Files that are not to be read ---
 
 
@@ -153,6 +162,10 @@ def test_a_later_format_is_refused_with_a_hint() -> None:
         (changed(clip="1"), "clip is '1'; it must be a positive number"),
         (changed(clip=True), "clip is True"),
         (changed(clip=math.inf), "clip is inf"),
+        (changed(clip=10**400), "damaged"),
+        (changed(value_range=[0, 10**400]), "damaged"),
+        ('{"format": ' + "1" * 5000 + "}", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         (changed(value_range=[-math.inf, 1]), "value_range is"),
         (changed(sample_shape="364"), "sample_shape is"),
         (changed(sample_shape=[3, 64.5, 64]), "sample_shape is"),
@@ -168,6 +181,8 @@ def test_a_later_format_is_refused_with_a_hint() -> None:
         (changed(schedule={"name": "square", "T": 9, "parameters": {}}), "called 'square'"),
         (changed(schedule={"name": "linear", "T": 0, "parameters": {}}), "T is 0"),
         (changed(schedule={"name": "given", "beta": [2.0]}), r"beta\[0\] is 2.0"),
+        (changed(schedule={"name": "given", "beta": [10**400]}), "damaged"),
+        (changed(schedule={"name": 5, "beta": [0.5]}), "the schedule's name is 5; it must be text"),
         (changed(schedule=None), "damaged"),
         (changed(conditions=[{"name": "y"}]), "damaged"),
         (with_label(x=1), "damaged"),
@@ -243,6 +258,7 @@ def test_a_spec_s_tables_are_those_of_its_settings() -> None:
     [
         (SPEC, {"steps": 50}, "neither a stride nor eta: 999 steps here"),
         (SPEC, {"eta": 0.5}, "neither a stride nor eta"),
+        (SPEC, {"spacing": "trailing"}, "neither a stride nor eta"),
         (SPEC, {"sampler": "ddpm", "eta": 0.5}, "eta belongs to ddim"),
         (SPEC, {"sampler": "euler"}, "sampler is 'euler'; there are ddpm, ddim, dome272"),
         (SPEC, {"sampler": "ddpm", "steps": 1001}, "steps is 1001; this schedule has 1 to 1000"),
