@@ -43,6 +43,18 @@ def test_a_classifier_reads_digits_drawn_in_twenty_steps() -> None:
     assert "of 40 digits are read as their label (ddpm, 20 steps" in result.stdout
 
 
+@pytest.mark.slow
+def test_a_classifier_reads_nine_of_ten_among_a_thousand_digits() -> None:
+    arguments = ["-n", "1000", "--steps", "100", "--at-least", "0.9"]
+    result = subprocess.run(
+        [sys.executable, str(DEMO / "check_digits.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+
+
 def test_the_check_says_no_with_exit_code_1() -> None:
     assert check_digits("--at-least", "1.01").returncode == 1
 
