@@ -321,7 +321,8 @@ def guided(predict: Predictor, scale: float) -> Predictor:
             above 1 exaggerates. Ho & Salimans' w is s - 1.
 
     Returns:
-        A predictor of N samples that makes one call a step.
+        A predictor of N samples that makes one call a step. A learned variance stays that of the
+        wanted condition: it lies in a range, and guidance would leave it.
 
     References:
         Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, Eq. 6.
@@ -329,7 +330,9 @@ def guided(predict: Predictor, scale: float) -> Predictor:
 
     def predict_guided(x: Samples, t: Timesteps) -> Samples:
         conditional, null = np.split(predict(np.concatenate([x, x]), np.concatenate([t, t])), 2)
-        return null + scale * (conditional - null)
+        (wanted, v), (plain, _) = split_variance(conditional, x), split_variance(null, x)
+        out = plain + scale * (wanted - plain)
+        return out if v is None else np.concatenate([out, v], axis=1)
 
     return predict_guided
 

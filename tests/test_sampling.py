@@ -504,6 +504,22 @@ def test_guidance_is_one_call_of_a_doubled_batch() -> None:
     np.testing.assert_array_equal(calls[0][1], [5, 6, 7, 5, 6, 7])
 
 
+def test_guidance_leaves_a_learned_variance_alone() -> None:
+    # As in Nichol et al. 2022 (GLIDE) and Peebles & Xie 2023 (DiT): the prediction alone is guided.
+    conditional = np.random.default_rng(0).uniform(-1, 1, (2, 6, 4, 4)).astype(np.float32)
+    null = np.random.default_rng(1).uniform(-1, 1, (2, 6, 4, 4)).astype(np.float32)
+    x = np.zeros((2, *SHAPE), dtype=np.float32)
+
+    def predict(_: Samples, __: Timesteps) -> Samples:
+        return np.concatenate([conditional, null])
+
+    found = guided(predict, 4.0)(x, np.zeros(2, dtype=np.int64))
+    wanted = null[:, :3] + 4 * (conditional[:, :3] - null[:, :3])
+    np.testing.assert_allclose(found[:, :3], wanted, rtol=1e-6)
+    np.testing.assert_array_equal(found[:, 3:], conditional[:, 3:])
+    assert found.dtype == np.float32
+
+
 # --- Other projects' runs, step by step from their own states ---
 
 

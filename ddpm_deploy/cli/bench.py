@@ -86,7 +86,14 @@ def command(
                 "tool": f"ddpm-deploy {__version__}",
                 "machine": machine(),
                 "threads": threads,
-                "results": [{**asdict(r), "ratio": base / r.median} for r in results],
+                "results": [
+                    {
+                        **asdict(r),
+                        "steps_per_second": r.steps_per_second,
+                        "ratio": base / r.median,
+                    }
+                    for r in results
+                ],
             }
         )
         return

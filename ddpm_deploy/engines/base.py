@@ -66,11 +66,14 @@ class Engine(ABC):
             value = conditions[name]
             self._check(name, value, condition.dtype, condition.shape, n)
             if condition.classes is not None:
-                last = condition.classes - 1 if condition.null is None else condition.null
-                if value.min() < 0 or value.max() > last:
+                known = (value >= 0) & (value < condition.classes)
+                if condition.null is not None:
+                    known |= value == condition.null
+                if not known.all():
+                    none = "" if condition.null is None else f", and {condition.null} for none"
                     raise EngineInputError(
                         f"{name} is {value.min()}..{value.max()}; "
-                        f"this network has labels 0..{last}."
+                        f"this network has labels 0..{condition.classes - 1}{none}."
                     )
         out = self._run({"x": x, "t": t, **conditions})
         if out.shape != (n, *self.spec.output_shape):

@@ -91,9 +91,9 @@ def _conditions(spec: ModelSpec, batch: int) -> dict[str, Array]:
     values: dict[str, Array] = {}
     for c in spec.conditions:
         if c.classes is not None:
-            last = c.classes - 1 if c.null is None else c.null
-            values[c.name] = np.arange(batch, dtype=c.dtype)[::-1] % (last + 1)
-            values[c.name][0] = last  # the null label, where there is one
+            values[c.name] = np.arange(batch, dtype=c.dtype)[::-1] % c.classes
+            # The null label first, where there is one.
+            values[c.name][0] = c.classes - 1 if c.null is None else c.null
         else:
             generator = torch.Generator().manual_seed(0)
             values[c.name] = (

@@ -100,6 +100,12 @@ def load_network(
         spec = family.spec(state, image_size)
         assumed = _assumed(spec, image_size, schedule)
         if schedule is not None:
+            if spec.first_timestep >= schedule.T:
+                raise CheckpointError(
+                    f"The schedule has {schedule.T} timestep(s); networks of {family.name} are "
+                    f"trained from t = {spec.first_timestep} on.",
+                    hint="Type the T of training: --timesteps 1000",
+                )
             spec = spec.with_changes(schedule=schedule)
     else:
         _check_fit(spec, family.spec(state, None), path)

@@ -16,6 +16,7 @@ FIELDS = {
     "steps",
     "median",
     "p90",
+    "steps_per_second",
     "images_per_second",
     "overhead",
     "ratio",
@@ -50,6 +51,7 @@ def test_each_engine_has_its_figures() -> None:
         assert result.keys() == FIELDS
         assert (result["batch"], result["steps"]) == (2, 6)
         assert 0 < result["median"] <= result["p90"]
+        assert result["steps_per_second"] == pytest.approx(1 / result["median"])
         assert result["images_per_second"] == pytest.approx(2 / (20 * result["median"]))
         assert 0 < result["overhead"] < 1
         assert result["ratio"] == first["median"] / result["median"]

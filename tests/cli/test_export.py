@@ -138,6 +138,7 @@ def write_wrong_files() -> None:
         (["ckpt.pt", "--schedule", "square"], "No schedule is called 'square'; there are linear"),
         (["ckpt.pt", "--opset", "12"], "Opset is 12; this exporter writes 18 to 23."),
         (["bare.pt", "--image-size", "20"], "The image size is 20; this network halves it three"),
+        (["bare.pt", "--timesteps", "1"], "The schedule has 1 timestep(s); networks of dome27"),
         (["ckpt.pt", "-o", "file/unet.onnx"], "A file stands where a folder is needed: file."),
         (["ckpt.pt", "-o", "file/a/unet.onnx"], "Not a directory: file/a"),
         (["ckpt.pt", "-o", "taken.onnx"], "Is a directory: taken.onnx."),

@@ -78,13 +78,23 @@ def test_arrays_that_do_not_fit_are_refused_with_both_shapes(x: Any, t: Any, mes
         ({"y": Y, "z": Y}, "The conditions given are y, z; this engine takes y"),
         ({"y": Y.astype(np.int32)}, r"y is int32 \(2,\); this engine takes int64 \(2,\)"),
         ({"y": Y[:1]}, r"y is int64 \(1,\)"),
-        ({"y": Y + 5}, r"y is 5\.\.5; this network has labels 0\.\.4"),
-        ({"y": Y - 1}, r"y is -1\.\.-1; this network has labels 0\.\.4"),
+        ({"y": Y + 5}, r"y is 5\.\.5; this network has labels 0\.\.3, and 4 for none"),
+        ({"y": Y - 1}, r"y is -1\.\.-1; this network has labels 0\.\.3, and 4 for none"),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused(conditions: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineInputError, match=message):
         Echo(tiny_spec(classes=4))(X, T, **conditions)
+
+
+@pytest.mark.parametrize(("null", "refused"), [(0, 4), (9, 7), (None, 4)])
+def test_the_null_label_may_stand_anywhere(null: int | None, refused: int) -> None:
+    label = Condition(name="y", meaning="class_label", dtype="int64", classes=4, null=null)
+    engine = Echo(replace(tiny_spec(), conditions=(label,)))
+    for allowed in (3, 0 if null is None else null):
+        engine(X, T, y=Y + allowed)
+    with pytest.raises(EngineInputError, match=rf"y is {refused}\.\.{refused}; this network"):
+        engine(X, T, y=Y + refused)
 
 
 def test_an_observation_has_its_own_shape() -> None:
