@@ -158,6 +158,7 @@ def command(
             if _typed(ctx, "width"):
                 typed["widths"] = wanted["widths"]
             run = saved.settings.resumed_with(typed)
+            room.choose_precision(run.precision, on)  # this machine may not have the run's
         else:
             run = room.Settings(**wanted)
 

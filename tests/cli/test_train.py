@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from ddpm_deploy.cli.app import app
@@ -82,6 +84,16 @@ def test_resume_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     assert (saved.settings.seed, saved.settings.batch, saved.settings.flip) == (3, 8, False)
     done = train("--resume", *out, "--device", "cpu")  # nothing is left to do
     assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'ckpt.pt'}\n")
+
+
+def test_a_run_in_half_precision_does_not_go_on_in_another_one_unsaid(tmp_path: Path) -> None:
+    assert train(*TINY, "-o", str(tmp_path)).exit_code == 0
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    own = state["ddpm_deploy"]
+    own["settings"] = json.dumps({**json.loads(own["settings"]), "precision": "16"})
+    torch.save(state, tmp_path / "last.pt")
+    said = refused("--resume", "-o", str(tmp_path), "--device", "cpu")
+    assert "Mixed float16 needs a GPU" in said
 
 
 def test_a_run_is_not_written_over_or_changed(tmp_path: Path) -> None:
