@@ -37,7 +37,7 @@ ARROWS = {
     # A file or a room, and the rooms that it may import from. All may import the top.
     "top": set[str](),
     "model": {"model"},
-    "train": {"train", "model", "engines"},
+    "train": {"train", "model"},
     "export": {"export", "model", "engines"},
     "engines": {"engines"},
     "engines.base": {"engines"},
