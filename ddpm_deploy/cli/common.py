@@ -21,6 +21,23 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; the runtime's choice if left out.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+SamplerName = Annotated[
+    str | None, typer.Option(help="ddpm, ddim or dome272; the family's own if left out.")
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Transitions; all of the schedule if left out.")
+]
+Eta = Annotated[float, typer.Option(help="Share of noise in ddim, 0 to 1.")]
+SpacingName = Annotated[
+    str, typer.Option(help="How --steps are chosen: leading, linspace or trailing.")
+]
+Label = Annotated[
+    str | None,
+    typer.Option(help="Class: 3, or 0,1,2 in turn, or none; all in turn if left out."),
+]
+Guidance = Annotated[
+    float, typer.Option(help="Classifier-free guidance s in u + s(c - u); 1 is none.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -10,9 +10,15 @@ import typer
 
 from ddpm_deploy.cli.common import (
     Device,
+    Eta,
+    Guidance,
     Json,
+    Label,
     Progress,
+    SamplerName,
     Seed,
+    SpacingName,
+    Steps,
     Threads,
     note,
     parse_labels,
@@ -30,28 +36,17 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path(
         "samples"
     ),
-    sampler: Annotated[
-        str | None, typer.Option(help="ddpm, ddim or dome272; the family's own if left out.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Transitions; all of the schedule if left out.")
-    ] = None,
-    eta: Annotated[float, typer.Option(help="Share of noise in ddim, 0 to 1.")] = 0.0,
-    spacing: Annotated[
-        str, typer.Option(help="How --steps are chosen: leading, linspace or trailing.")
-    ] = "leading",
+    sampler: SamplerName = None,
+    steps: Steps = None,
+    eta: Eta = 0.0,
+    spacing: SpacingName = "leading",
     seed: Seed = 0,
     start: Annotated[int, typer.Option(min=0, help="Index of the first image, for shards.")] = 0,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Images at once; by the image size if left out.")
     ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(help="Class: 3, or 0,1,2 in turn, or none; all in turn if left out."),
-    ] = None,
-    guidance: Annotated[
-        float, typer.Option(help="Classifier-free guidance s in u + s(c - u); 1 is none.")
-    ] = 1.0,
+    label: Label = None,
+    guidance: Guidance = 1.0,
     gif: Annotated[
         bool, typer.Option("--gif", help="Also x0.gif: predicted x_0 unfolding.")
     ] = False,

@@ -10,9 +10,15 @@ import typer
 
 from ddpm_deploy.cli.common import (
     Device,
+    Eta,
+    Guidance,
     Json,
+    Label,
     Progress,
+    SamplerName,
     Seed,
+    SpacingName,
+    Steps,
     Threads,
     note,
     parse_labels,
@@ -39,16 +45,13 @@ def command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the whole report here, as JSON.")
     ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="ddpm, ddim or dome272; the family's own if left out.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Transitions; all of the schedule if left out.")
-    ] = None,
-    eta: Annotated[float, typer.Option(help="Share of noise in ddim, 0 to 1.")] = 0.0,
+    sampler: SamplerName = None,
+    steps: Steps = None,
+    eta: Eta = 0.0,
+    spacing: SpacingName = "leading",
     seed: Seed = 0,
-    label: Annotated[str | None, typer.Option(help="Class: 3, or 0,1,2 in turn, or none.")] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    label: Label = None,
+    guidance: Guidance = 1.0,
     local: Annotated[
         float, typer.Option(help="Budget: output error on the reference's x_t, of the peak.")
     ] = 2e-5,
@@ -73,7 +76,7 @@ def command(
     from ddpm_deploy.engines import open_engine
     from ddpm_deploy.files import sha256, write_text
     from ddpm_deploy.run import Recipe
-    from ddpm_deploy.sampling import Sampler
+    from ddpm_deploy.sampling import Sampler, Spacing
     from ddpm_deploy.verify import Budget, Verifier, differing_fields
 
     with (
@@ -87,6 +90,7 @@ def command(
             sampler=cast("Sampler | None", sampler),
             steps=steps,
             eta=eta,
+            spacing=cast("Spacing", spacing),
             labels=parse_labels(label, spec),
             guidance=guidance,
         )
