@@ -163,10 +163,10 @@ def command(
             run = room.Settings(**wanted)
 
     leader = room.is_leader()
-    if leader and not resume:
-        room.claim(out, overwrite=overwrite)
     pictures = open_data(run.data, image_size=run.image_size, channels=run.channels)
     room.check(run, pictures, devices)
+    if leader and not resume:  # last, since --overwrite removes what is there
+        room.claim(out, overwrite=overwrite)
     if leader:
         _introduce(pictures, run)
 

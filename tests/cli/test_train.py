@@ -110,6 +110,16 @@ def test_a_run_is_not_written_over_or_changed(tmp_path: Path) -> None:
     assert read_run(tmp_path).state["step"] == 1
 
 
+def test_a_mistake_beside_overwrite_leaves_the_run_that_is_there(tmp_path: Path) -> None:
+    out = ("-o", str(tmp_path), "--overwrite")
+    assert train(*TINY, *out).exit_code == 0
+    before = sorted(tmp_path.iterdir())
+    assert "There is no folder or file nowhere" in refused("--data", "nowhere", *out)
+    assert "8 must divide both" in refused("--data", "digits", "--image-size", "12", *out)
+    assert sorted(tmp_path.iterdir()) == before
+    assert read_run(tmp_path).state["step"] == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
