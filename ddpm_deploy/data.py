@@ -176,14 +176,27 @@ def _from_folder(folder: Path, size: tuple[int, int], channels: int) -> ImageDat
 
 
 def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Lists the files below a folder, sorted by name: the pictures, and the rest."""
+    """Lists the files below a folder, sorted by name: the pictures, and the rest.
+
+    What is hidden is no class and no picture: `.ipynb_checkpoints`, macOS's `._1.png`, the `.part`
+    of a process that was killed.
+    """
     pictures: list[Path] = []
     rest: list[Path] = []
+    above = {folder: {folder.resolve()}}
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders.sort()
+        inside = []
+        for name in sorted(folders):
+            below = Path(root, name)
+            real = below.resolve()
+            if not name.startswith(".") and real not in above[Path(root)]:  # no link back up
+                above[below] = above[Path(root)] | {real}
+                inside.append(name)
+        folders[:] = inside
         for name in names:
             path = Path(root, name)
-            (pictures if path.suffix.lower() in SUFFIXES else rest).append(path)
+            shown = path.suffix.lower() in SUFFIXES and not name.startswith(".")
+            (pictures if shown else rest).append(path)
     return sorted(pictures), sorted(rest)
 
 
@@ -235,7 +248,10 @@ def _read_npz(path: Path) -> tuple[Pixels, NDArray[np.int64] | None]:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays: dict[str, Array] = {k: file[k] for k in file.files if k in {"images", "labels"}}
             keys = ", ".join(file.files) or "none"
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (  # the last two: one array that np.save wrote is no context manager
+        *(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile),
+        *(AttributeError, TypeError),
+    ) as error:
         raise DataError(
             f"{path} is damaged, or is no .npz file of plain arrays: {error}.",
             hint="Pack it again: np.savez('data.npz', images=images, labels=labels)",

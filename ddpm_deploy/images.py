@@ -119,6 +119,7 @@ def read_picture(path: Path, *, channels: int | None = None) -> Pixels:
         UnidentifiedImageError,
         Image.DecompressionBombError,
         OSError,
+        SyntaxError,  # Pillow's word for a PNG with a broken chunk
         ValueError,
     ) as error:
         raise DataError(f"{path} is no picture that can be read: {error}.") from error

@@ -66,6 +66,26 @@ def test_a_flat_folder_has_no_labels_and_says_what_it_skipped(tmp_path: Path) ->
     assert data.load([]).shape == (0, 1, 64, 64)
 
 
+def test_what_is_hidden_is_no_class_and_no_picture(tmp_path: Path) -> None:
+    save(tmp_path / "cats" / "1.png", 0)
+    save(tmp_path / "dogs" / "1.png", 0)
+    save(tmp_path / ".ipynb_checkpoints" / "1-checkpoint.png", 0)
+    save(tmp_path / "dogs" / ".000002.0a1b2c3d.part.png", 0)
+    (tmp_path / "cats" / "._1.png").write_bytes(b"\x00\x05\x16\x07")  # macOS writes such
+    data = open_data(tmp_path)
+    assert (len(data), data.classes) == (2, ("cats", "dogs"))
+
+
+def test_a_link_back_up_is_not_followed_and_one_elsewhere_is(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere" / "1.png", 0)
+    save(tmp_path / "data" / "cats" / "1.png", 0)
+    (tmp_path / "data" / "dogs").symlink_to(tmp_path / "elsewhere")
+    for name in ("again", "and_again"):  # two of them make 2^40 paths
+        (tmp_path / "data" / name).symlink_to(".")
+    data = open_data(tmp_path / "data")
+    assert (len(data), data.classes) == (2, ("cats", "dogs"))
+
+
 def test_the_middle_of_a_wide_picture_stays(tmp_path: Path) -> None:
     wide = np.zeros((10, 30, 3), dtype=np.uint8)
     wide[:, 10:20] = 255
@@ -156,6 +176,13 @@ def test_a_truncated_npz_is_damaged(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match="damaged"):
         open_data(path)
+
+
+def test_one_array_under_the_name_of_an_npz_is_no_npz(tmp_path: Path) -> None:
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, np.zeros((2, 8, 8), dtype=np.uint8))
+    with pytest.raises(DataError, match=r"no \.npz file of plain arrays"):
+        open_data(tmp_path / "a.npz")
 
 
 def test_sizes_and_channels_out_of_range_are_refused() -> None:

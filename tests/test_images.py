@@ -181,6 +181,11 @@ def test_what_is_no_picture_is_said(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"cut\.png is no picture that can be read"):
         read_picture(tmp_path / "cut.png")
+    at = whole.index(b"IDAT") - 4  # a shorter length, and pixels stand where a chunk's name should
+    shorter = whole[:at] + (100).to_bytes(4, "big") + whole[at + 4 :]
+    (tmp_path / "chunk.png").write_bytes(shorter)
+    with pytest.raises(DataError, match=r"chunk\.png is no picture that can be read: broken PNG"):
+        read_picture(tmp_path / "chunk.png")
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(DataError, match="its numbers are floats"):
         read_picture(tmp_path / "float.tif")
