@@ -23,7 +23,7 @@ from ddpm_deploy import noise as noise_module
 from ddpm_deploy._version import __version__
 from ddpm_deploy.arrays import Pixels, Samples
 from ddpm_deploy.engines.base import Engine
-from ddpm_deploy.errors import EngineError, EngineInputError, RunError
+from ddpm_deploy.errors import DataError, EngineError, EngineInputError, RunError
 from ddpm_deploy.files import sha256, whole_file, write_text
 from ddpm_deploy.images import grid, is_picture, read_picture, to_pixels, write_gif, write_png
 from ddpm_deploy.noise import SeededNoise
@@ -69,8 +69,13 @@ class Recipe:
 
         Raises:
             EngineInputError: The network does not take these labels, or has no null label that
-                guidance needs.
+                guidance needs; or the guidance is not finite.
         """
+        if not math.isfinite(self.guidance):
+            raise EngineInputError(
+                f"The guidance is {self.guidance}; it must be finite.",
+                hint="Type --guidance 2, or leave it out.",
+            )
         condition = engine.spec.label
         if condition is None:
             if self.labels is not None or self.guidance != 1:
@@ -206,6 +211,12 @@ class Run:
                 hint="Name another folder with -o, or type --overwrite to remove its images.",
             )
         self._write_report(identity, finished=False)
+        # Of a process that was killed. Once and for this run's images alone: to look for them at
+        # every image takes longer the more there are, and removes another process's in the middle.
+        for leftover in self.folder.glob(f".*.part{self.path(0).suffix}"):
+            number = leftover.name.split(".")[1]
+            if number.isdecimal() and int(number) in self.images:
+                leftover.unlink(missing_ok=True)
 
     def missing(self) -> int:
         """Counts the images that are still to draw."""
@@ -261,12 +272,14 @@ class Run:
 
         Args:
             timing: What to record of this invocation: seconds, steps per second.
+
+        Raises:
+            RunError: One of the images in the folder is damaged.
         """
         written = []
         if self.pictures:
             shown = self.images[:GRID_IMAGES]
-            channels = self.engine.spec.sample_shape[0]
-            sheet = grid([read_picture(self.path(i), channels=channels) for i in shown])
+            sheet = grid([self._read(image) for image in shown])
             write_png(self.folder / "grid.png", sheet)
             written.append(self.folder / "grid.png")
         self._write_report(self._identity(), finished=True, timing=timing)
@@ -278,12 +291,9 @@ class Run:
         `images` is uint8 (N, H, W, C), or float32 (N, *sample_shape) where they are no pictures;
         `labels`, int64 (N,), is there for class-conditional networks; `index`, int64 (N,).
         """
-        shape = self.engine.spec.sample_shape
-        dtype, item = (
-            (np.uint8, (*shape[1:], shape[0])) if self.pictures else (np.float32, tuple(shape))
-        )
+        dtype, item = self._item
         header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "descr": np.lib.format.dtype_to_descr(dtype),
             "fortran_order": False,
             "shape": (self.count, *item),
         }
@@ -311,8 +321,6 @@ class Run:
 
     def _write(self, image: int, x: Samples) -> Path:
         path = self.path(image)
-        for leftover in self.folder.glob(f".{path.stem}.*.part{path.suffix}"):
-            leftover.unlink(missing_ok=True)  # of a process that was killed
         if self.pictures:
             write_png(path, self._pixels(x[None])[0])
         else:
@@ -322,10 +330,29 @@ class Run:
                 partial_path.write_bytes(content.getbuffer())
         return path
 
-    def _read(self, image: int) -> np.ndarray[Any, Any]:
+    @property
+    def _item(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """Type and shape of an image's array."""
+        shape = self.engine.spec.sample_shape
         if self.pictures:
-            return read_picture(self.path(image), channels=self.engine.spec.sample_shape[0])
-        return np.asarray(np.load(self.path(image)))
+            return np.dtype(np.uint8), (*shape[1:], shape[0])
+        return np.dtype(np.float32), tuple(shape)
+
+    def _read(self, image: int) -> np.ndarray[Any, Any]:
+        path = self.path(image)
+        try:
+            if self.pictures:
+                array = read_picture(path, channels=self.engine.spec.sample_shape[0])
+            else:
+                array = np.asarray(np.load(path))
+            if (array.dtype, array.shape) != self._item:
+                raise ValueError(f"it is {array.dtype} {array.shape}")
+        except (DataError, EOFError, ValueError) as error:
+            raise RunError(
+                f"{path} is not the image that was written there: {str(error).rstrip('.')}.",
+                hint="Remove it, and the same command draws it anew.",
+            ) from error
+        return array
 
     def _pixels(self, x: Samples) -> Pixels:
         spec = self.engine.spec

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -122,6 +123,34 @@ def test_leftovers_of_a_killed_process_do_not_count_and_go_away(
     draw(folder, engine, count=3)
     assert contents(folder).keys() == whole.keys()
     assert pictures(folder)["000001.png"] == whole["000001.png"]
+
+
+def test_a_file_that_another_process_is_writing_stays(tmp_path: Path, engine: Engine) -> None:
+    run = Run(folder=tmp_path / "run", engine=engine, recipe=Recipe(), count=3)
+    run.prepare()
+    theirs = run.folder / ".000001.0a1b2c3d.part.png"
+    theirs.write_bytes(b"\x89PNG half")
+    list(run.draw(on_step=lambda _: None))
+    assert theirs.exists()
+    shard = Run(folder=run.folder, engine=engine, recipe=Recipe(), start=3, count=3)
+    shard.prepare()
+    assert theirs.exists()
+
+
+@pytest.mark.parametrize("content", ["nothing", "another size"])
+def test_an_image_that_was_damaged_is_named(tmp_path: Path, engine: Engine, content: str) -> None:
+    draw(tmp_path, engine)
+    whole = pictures(tmp_path)
+    path = tmp_path / "000003.png"
+    path.write_bytes(b"")
+    if content == "another size":
+        Image.new("L", (5, 5)).save(path)
+    with pytest.raises(RunError, match=r"000003\.png is not the image that was written") as caught:
+        draw(tmp_path, engine)
+    assert caught.value.hint == "Remove it, and the same command draws it anew."
+    path.unlink()
+    draw(tmp_path, engine)
+    assert pictures(tmp_path) == whole
 
 
 def test_pixels_are_those_of_the_loop(tmp_path: Path, engine: Engine) -> None:
@@ -276,6 +305,15 @@ def test_an_unconditional_network_takes_neither_labels_nor_guidance(
 ) -> None:
     with pytest.raises(EngineInputError, match="is unconditional: it takes neither labels nor"):
         sample(engine, recipe, [0])
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_guidance_that_is_not_finite_is_refused_before_the_folder_is_made(
+    tmp_path: Path, labelled: Engine, scale: float
+) -> None:
+    with pytest.raises(EngineInputError, match=f"The guidance is {scale}; it must be finite"):
+        draw(tmp_path / "run", labelled, Recipe(guidance=scale))
+    assert not (tmp_path / "run").exists()
 
 
 def test_guidance_needs_a_null_label(tmp_path: Path) -> None:
