@@ -10,6 +10,7 @@ from ddpm_deploy._version import __version__
 from ddpm_deploy.engines import Engine, open_engine
 from ddpm_deploy.errors import DDPMDeployError
 from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.run import Recipe, sample
 from ddpm_deploy.sampling import (
     Step,
     Transition,
@@ -28,6 +29,7 @@ __all__ = [
     "DDPMDeployError",
     "Engine",
     "ModelSpec",
+    "Recipe",
     "Schedule",
     "SeededNoise",
     "Step",
@@ -41,6 +43,7 @@ __all__ = [
     "guided",
     "linear",
     "open_engine",
+    "sample",
     "scaled_linear",
     "sigmoid",
     "timesteps",

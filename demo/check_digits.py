@@ -20,45 +20,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 
-from ddpm_deploy import Engine, SeededNoise, denoise, guided, open_engine
-from ddpm_deploy.arrays import Samples, Timesteps
+from ddpm_deploy import Recipe, open_engine, sample
 from ddpm_deploy.errors import DDPMDeployError, EngineError
 from ddpm_deploy.images import to_pixels
-from ddpm_deploy.sampling import Predictor, Table
-
-
-def draw(
-    engine: Engine, table: Table, labels: Timesteps, *, first: int, seed: int, guidance: float
-) -> Samples:
-    """Draws one digit for each label.
-
-    Args:
-        engine: A network with class labels.
-        table: The sampler.
-        labels: int64, (n,).
-        first: Index of the first image of the run.
-        seed: Of the noise.
-        guidance: 1 calls the conditional network alone.
-
-    Returns:
-        float32, (n, 1, 8, 8), in [-1, 1].
-    """
-    label = engine.spec.label
-    if label is None:
-        raise EngineError(f"{engine.path} draws without labels.", hint="Give demo/digits.pt")
-    name = label.name
-
-    def conditional(x: Samples, t: Timesteps) -> Samples:
-        return engine(x, t, **{name: labels})
-
-    def doubled(x: Samples, t: Timesteps) -> Samples:
-        both = np.concatenate([labels, np.full_like(labels, label.null)])
-        return engine(x, t, **{name: both})
-
-    predict: Predictor = conditional if guidance == 1.0 else guided(doubled, guidance)
-    noise = SeededNoise(seed, range(first, first + len(labels)), engine.spec.sample_shape)
-    *_, last = denoise(predict, table, noise)
-    return last.x
 
 
 def main() -> int:
@@ -84,12 +48,18 @@ def main() -> int:
     read = np.empty_like(labels)
     began = time.perf_counter()
     with open_engine(args.engine) as engine:
-        table = engine.spec.table(args.sampler, args.steps)
+        if engine.spec.label is None:
+            raise EngineError(f"{engine.path} draws without labels.", hint="Give demo/digits.pt")
+        recipe = Recipe(
+            seed=args.seed,
+            sampler=args.sampler,
+            steps=args.steps,
+            labels=tuple(range(10)),
+            guidance=args.guidance,
+        )
         for first in range(0, args.n, args.batch):
             part = slice(first, min(first + args.batch, args.n))
-            x = draw(
-                engine, table, labels[part], first=first, seed=args.seed, guidance=args.guidance
-            )
+            x = sample(engine, recipe, range(part.start, part.stop))
             # The classifier knows digits as 64 numbers from 0 to 16.
             sixteenths = to_pixels(x).reshape(len(x), -1).astype(np.float64) / 255 * 16
             read[part] = reader.predict(sixteenths)
@@ -98,9 +68,10 @@ def main() -> int:
     for digit in range(min(10, args.n)):
         mine = right[labels == digit]
         print(f"{digit}: {mine.sum()} of {mine.size}", file=sys.stderr)
+    steps = len(recipe.table(engine.spec))
     print(
         f"{right.mean():.1%} of {args.n} digits are read as their label "
-        f"({args.sampler}, {len(table)} steps, guidance {args.guidance:g}, seed {args.seed}, "
+        f"({args.sampler}, {steps} steps, guidance {args.guidance:g}, seed {args.seed}, "
         f"{time.perf_counter() - began:.0f} s)"
     )
     return 0 if right.mean() >= args.at_least else 1

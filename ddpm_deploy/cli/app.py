@@ -30,6 +30,11 @@ COMMANDS = (
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
+_HINTS = {
+    errno.ENOENT: "Check the path.",
+    errno.EACCES: "Write elsewhere with -o, or free some space.",
+}
+
 
 class _Group(typer.core.TyperGroup):
     """Turns errors into `error:` and ` hint:` on stderr and exit code 2."""
@@ -53,7 +58,7 @@ class _Group(typer.core.TyperGroup):
             what = error.strerror or str(error)
             if error.errno == errno.EEXIST:  # from making a folder
                 what = "A file stands where a folder is needed"
-            _say(f"{what}{where}.", "Write elsewhere with -o, or free some space.")
+            _say(f"{what}{where}.", _HINTS.get(error.errno or 0, _HINTS[errno.EACCES]))
             raise typer.Exit(2) from error
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002  (the base class's)

@@ -13,8 +13,9 @@ import typer
 from ddpm_deploy.errors import DDPMDeployError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
+    from ddpm_deploy.sampling import Table
     from ddpm_deploy.spec import ModelSpec
 
 Threads = Annotated[
@@ -90,12 +91,22 @@ def note(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def note_untrained(spec: ModelSpec, table: Table) -> None:
+    """Says so where a loop ends at a timestep that training never saw (dome272's t = 0)."""
+    if table[-1].t < spec.first_timestep:
+        note(
+            f"note: this network was trained from t = {spec.first_timestep} on, and the loop ends "
+            f"at t = {table[-1].t}; --spacing trailing, or its own --sampler {spec.sampler}, does "
+            "not"
+        )
+
+
 def print_json(value: Any) -> None:
     """Prints the result to stdout as JSON."""
     typer.echo(json.dumps(value, indent=2))
 
 
-def print_table(table: Table) -> None:
+def print_table(table: RichTable) -> None:
     """Prints a table to stdout, as wide as the terminal, or 80 columns in a pipe."""
     from rich.console import Console
 

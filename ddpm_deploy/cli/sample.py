@@ -21,6 +21,7 @@ from ddpm_deploy.cli.common import (
     Steps,
     Threads,
     note,
+    note_untrained,
     parse_labels,
     print_json,
     settings,
@@ -81,8 +82,10 @@ def command(
             guidance=guidance,
         )
         with settings("See: ddpm-deploy sample --help"):
-            rows = len(recipe.table(opened.spec))
+            table = recipe.table(opened.spec)
             SeededNoise(seed, [start + count - 1], opened.spec.sample_shape)  # the last index fits
+        note_untrained(opened.spec, table)
+        rows = len(table)
         run = Run(
             folder=output,
             engine=opened,

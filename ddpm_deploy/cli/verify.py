@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ from ddpm_deploy.cli.common import (
     Steps,
     Threads,
     note,
+    note_untrained,
     parse_labels,
     print_json,
     print_table,
@@ -74,7 +76,7 @@ def command(
 
     from ddpm_deploy._version import __version__
     from ddpm_deploy.engines import open_engine
-    from ddpm_deploy.files import sha256, write_text
+    from ddpm_deploy.files import sha256, whole_file
     from ddpm_deploy.run import Recipe
     from ddpm_deploy.sampling import Sampler, Spacing
     from ddpm_deploy.verify import Budget, Verifier, differing_fields
@@ -82,6 +84,8 @@ def command(
     with (
         open_engine(engine, threads=threads, device=device) as deployed,
         open_engine(against, threads=threads, device=device, spec=deployed.spec) as reference,
+        # Opened before the loop: a place that cannot be written shall not cost the work.
+        nullcontext() if output is None else whole_file(output) as partial,
     ):
         spec = deployed.spec
         differences = differing_fields(reference.spec, spec)
@@ -97,6 +101,7 @@ def command(
         budget = Budget(local=local, accumulated=accumulated, pixels=pixels)
         with settings("See: ddpm-deploy verify --help"):
             verifier = Verifier(reference, deployed, recipe, range(count), budget=budget)
+        note_untrained(spec, verifier.table)
         what = f"{deployed.name} against {reference.name}"
         with Progress(what, len(verifier), "steps") as progress:
             for _ in verifier:
@@ -118,8 +123,9 @@ def command(
             "passed": not failures,
             "failures": failures,
         }
+        if partial is not None:
+            partial.write_text(json_module.dumps(report, indent=2) + "\n", encoding="utf-8")
     if output is not None:
-        write_text(output, json_module.dumps(report, indent=2) + "\n")
         note(f"report: {output}")
     if json:
         print_json(report)

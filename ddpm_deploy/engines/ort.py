@@ -16,6 +16,11 @@ from ddpm_deploy.spec import METADATA_KEY, ModelSpec
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+_OPTIONS: dict[str, dict[str, str]] = {
+    # float32 is float32, not TF32; and convolutions are chosen by rule, not by a race that another
+    # session may decide otherwise.
+    _CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+}
 
 
 class OrtEngine(Engine):
@@ -39,7 +44,9 @@ class OrtEngine(Engine):
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            self._session = ort.InferenceSession(
+                str(path), options, providers=[(name, _OPTIONS.get(name, {})) for name in providers]
+            )
         except Exception as error:  # ONNX Runtime's errors have no common class
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}",
