@@ -118,7 +118,7 @@ def read_run(folder: Path) -> SavedRun:
         )
     state = read_content(path)
     own = state.get("ddpm_deploy") if isinstance(state, dict) else None
-    if not isinstance(own, dict) or "settings" not in own:
+    if not isinstance(own, dict) or "settings" not in own or type(own.get("format")) is not int:
         raise CheckpointError(
             f"{path} was not written by ddpm-deploy train.",
             hint="Only its own runs can go on; begin another with another -o.",
@@ -131,7 +131,7 @@ def read_run(folder: Path) -> SavedRun:
         )
     try:
         settings = Settings.from_dict(json.loads(own["settings"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"The settings in {path} are damaged: {error}.",
             hint="Begin another run with another -o.",
@@ -175,7 +175,9 @@ def fit(
     smooth = _Smooth()
     saved = trainer.step
     with _caught_signals() as caught, _curves(folder, trainer.step, on=leader) as curves:
-        if leader and trainer.step == 0:  # a folder that cannot be written is found out here
+        # A folder that cannot be written is found out here. A run that goes on saves too: it may
+        # have been killed between last.pt and ckpt.pt, and a new --steps counts from here on.
+        if leader:
             write_text(folder / SETTINGS, json.dumps(settings.to_dict(), indent=2) + "\n")
             save(trainer, folder)
         pending: list[TrainStep] = []

@@ -231,10 +231,9 @@ class Trainer:
         """Takes up where `state` was.
 
         Raises:
-            TrainError: The state is not this network's.
+            TrainError: The state is not this network's, or has more steps than the run is to have.
         """
-        own = state["ddpm_deploy"]
-        if own["data"] != self.data.fingerprint:
+        if state["ddpm_deploy"].get("data") != self.data.fingerprint:
             raise TrainError(
                 f"{self.data.source} does not hold the pictures that the run began with.",
                 hint="Give the same --data, or begin another run with another -o.",
@@ -245,11 +244,16 @@ class Trainer:
             self._optimizer.load_state_dict(state["optimizer"])
             self.fabric.strategy.precision.load_state_dict(state["precision"])
             self.step = int(state["step"])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise TrainError(
                 f"The checkpoint does not fit the run: {' '.join(str(error).split())}",
                 hint="Begin another run with another -o.",
             ) from error
+        if not 0 <= self.step <= self.settings.steps:
+            raise TrainError(
+                f"The run has done {self.step} steps, and --steps is {self.settings.steps}.",
+                hint="Leave --steps out, or type more than are done.",
+            )
         self._stream = None
 
 

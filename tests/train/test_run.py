@@ -166,6 +166,29 @@ def test_a_run_killed_while_saving_goes_on_from_the_save_before(
     assert differing(whole, parts) == []
 
 
+def test_a_run_killed_between_its_two_checkpoints_mends_the_second(
+    start: Callable[..., Trainer], digits: ImageData, fabric: Fabric, tmp_path: Path
+) -> None:
+    fit(start(), tmp_path)
+    last = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    (tmp_path / "ckpt.pt").unlink()
+    fit(resumed(tmp_path, digits, fabric), tmp_path)  # no step is left to do
+    assert differing(last, torch.load(tmp_path / "ckpt.pt", weights_only=True)) == []
+
+
+def test_more_steps_count_from_the_moment_they_are_asked_for(
+    start: Callable[..., Trainer], digits: ImageData, fabric: Fabric, tmp_path: Path
+) -> None:
+    fit(start(), tmp_path)
+
+    def stop(_: Progress) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fit(resumed(tmp_path, digits, fabric, steps=9), tmp_path, watch=stop)
+    assert read_run(tmp_path).settings.steps == 9
+
+
 def test_a_full_disk_leaves_the_save_before(
     start: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,9 +260,28 @@ def test_what_is_no_run_cannot_go_on(tmp_path: Path) -> None:
     torch.save({"ddpm_deploy": {"settings": "{}", "format": 99}}, tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="has format 99"):
         read_run(tmp_path)
-    torch.save({"ddpm_deploy": {"settings": "{}", "format": 1}}, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match=r"settings in .* are damaged"):
-        read_run(tmp_path)
+    for damaged in ("{}", "[]"):
+        torch.save({"ddpm_deploy": {"settings": damaged, "format": 1}}, tmp_path / "last.pt")
+        with pytest.raises(CheckpointError, match=r"settings in .* are damaged"):
+            read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "does not fit the run"),
+        ({"optimizer": [1]}, "does not fit the run"),
+        ({"ddpm_deploy": {}}, "not hold the pictures"),
+        ({"step": -5}, "has done -5 steps"),
+        ({"step": 7}, "has done 7 steps, and --steps is 6"),
+    ],
+)
+def test_a_checkpoint_that_is_not_the_runs_is_refused(
+    start: Callable[..., Trainer], change: dict[str, Any], message: str
+) -> None:
+    trainer = start()
+    with pytest.raises(TrainError, match=message):
+        trainer.restore({**trainer.state(), **change})
 
 
 def test_a_run_goes_on_with_its_own_pictures_only(
