@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -200,15 +200,15 @@ class Run:
         identity = self._identity()
         if self.report.exists():
             before = _read_report(self.report)
-            if differing := _differences(before, identity):
+            if differing := _differences(before["identity"], identity):
                 raise RunError(
                     f"{self.folder} holds another run: " + "; ".join(differing) + ".",
                     hint="Name another folder with -o, or type --overwrite to draw it anew.",
                 )
-        elif found := next(self._files(), None):
+        elif found := next((p for p in map(self.path, self.images) if p.exists()), None):
             raise RunError(
                 f"{self.folder} holds {found.name} but no run.json, so nobody knows what made it.",
-                hint="Name another folder with -o, or type --overwrite to remove its images.",
+                hint="Name another folder with -o, or move its pictures away.",
             )
         self._write_report(identity, finished=False)
         # Of a process that was killed. Once and for this run's images alone: to look for them at
@@ -358,14 +358,17 @@ class Run:
         spec = self.engine.spec
         return to_pixels(x, value_range=spec.value_range, rounding=spec.rounding)
 
-    def _files(self) -> Iterator[Path]:
-        for path in sorted(self.folder.iterdir()):
-            if path.stem.isdigit() and len(path.stem) >= 6 and path.suffix in {".png", ".npy"}:
-                yield path
-
     def _clear(self) -> None:
-        for path in self._files():
-            path.unlink()
+        """Removes the run that the folder holds: what its report names, and nothing else."""
+        if not self.report.exists():
+            return
+        try:
+            made = _made(_read_report(self.report))
+        except RunError:  # the images that are asked for now are all that is known
+            made = self.images
+        for image in made:
+            for suffix in (".png", ".npy"):
+                (self.folder / f"{image:06d}{suffix}").unlink(missing_ok=True)
         for name in ("run.json", "grid.png", GIF_NAME, NPZ_NAME):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -392,12 +395,17 @@ class Run:
         finished: bool,
         timing: Mapping[str, float] | None = None,
     ) -> None:
+        made = self.images
+        if self.report.exists():  # of the same run, or `prepare` would have refused
+            before = _made(_read_report(self.report))
+            made = range(min(before.start, made.start), max(before.stop, made.stop))
         report = {
             "tool": f"ddpm-deploy {__version__}",
             "finished": finished,
             "identity": dict(identity),
             "start": self.start,
             "count": self.count,
+            "images": [made.start, made.stop],
             "batch": self.batch,
             "command": list(self.origin),
             "engine": str(self.engine.path),
@@ -413,27 +421,51 @@ class Run:
         write_text(self.report, json.dumps(report, indent=2) + "\n")
 
 
-def default_batch(spec: ModelSpec, count: int) -> int:
+def default_batch(spec: ModelSpec) -> int:
     """Chooses a batch that fits a small machine: 1 at 64x64, 4 at 32x32, 64 at 8x8.
 
     Attention at full resolution takes memory with the square of the pixels, unless the runtime
     fuses it.
     """
     pixels = math.prod(spec.sample_shape[1:])
-    return max(1, min(count, 64, 2**12 // pixels))
+    return max(1, min(64, 2**12 // pixels))
+
+
+def recorded_batch(folder: Path) -> int | None:
+    """Returns the batch with which the run in a folder was begun, None where there is no run.
+
+    Going on with it cuts the batches as before, for engines whose rounding depends on them.
+
+    Raises:
+        RunError: The folder's `run.json` is damaged.
+    """
+    report = folder / "run.json"
+    return int(_read_report(report)["batch"]) if report.exists() else None
 
 
 def _read_report(path: Path) -> Mapping[str, Any]:
     try:
-        identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} is damaged ({error!r}), so the run cannot be continued.",
-            hint="Name another folder with -o, or type --overwrite to draw it anew.",
-        ) from error
-    if not isinstance(identity, dict):
-        raise RunError(f"{path} is damaged: its identity is no table.")
-    return identity
+        report = json.loads(path.read_text(encoding="utf-8"))
+        sound = isinstance(report["identity"], dict) and int(report["batch"]) >= 1
+        sound = sound and len(_made(report)) >= 1
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise _damaged(path, repr(error)) from error
+    if not sound:
+        raise _damaged(path, "its numbers make no sense")
+    return cast("Mapping[str, Any]", report)
+
+
+def _made(report: Mapping[str, Any]) -> range:
+    """The images that a run's invocations were asked for, so far."""
+    start, stop = report["images"]
+    return range(int(start), int(stop))
+
+
+def _damaged(path: Path, what: str) -> RunError:
+    return RunError(
+        f"{path} is damaged ({what}), so the run cannot be continued.",
+        hint="Name another folder with -o, or type --overwrite to draw it anew.",
+    )
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

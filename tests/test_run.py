@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_deploy import Engine, ModelSpec, Schedule, SeededNoise, denoise, linear, open_engine
 from ddpm_deploy.errors import EngineError, EngineInputError, RunError
 from ddpm_deploy.images import to_pixels
-from ddpm_deploy.run import GIF_NAME, Recipe, Run, default_batch, sample
+from ddpm_deploy.run import GIF_NAME, Recipe, Run, default_batch, recorded_batch, sample
 from ddpm_deploy.spec import METADATA_KEY
 from tests.commands import contents
 from tests.support import tiny_spec, write_graph
@@ -477,21 +477,50 @@ def test_the_animation_unfolds_x0_and_ends_with_the_images(tmp_path: Path, engin
 
 
 @pytest.mark.parametrize(
-    ("shape", "count", "batch"),
-    [
-        ((3, 64, 64), 100, 1),
-        ((3, 32, 32), 100, 4),
-        ((1, 8, 8), 100, 64),
-        ((1, 8, 8), 5, 5),
-        ((3, 512, 512), 9, 1),
-        ((7,), 3, 3),
-    ],
+    ("shape", "batch"),
+    [((3, 64, 64), 1), ((3, 32, 32), 4), ((1, 8, 8), 64), ((3, 512, 512), 1), ((7,), 64)],
 )
-def test_the_default_batch_fits_a_small_machine(
-    shape: Sequence[int], count: int, batch: int
-) -> None:
+def test_the_default_batch_fits_a_small_machine(shape: Sequence[int], batch: int) -> None:
     spec = ModelSpec(sample_shape=tuple(shape), schedule=linear(10))
-    assert default_batch(spec, count) == batch
+    assert default_batch(spec) == batch
+
+
+def test_overwrite_removes_no_picture_that_the_run_did_not_make(
+    tmp_path: Path, engine: Engine
+) -> None:
+    folder = tmp_path / "run"
+    draw(folder, engine, count=4)
+    draw(folder, engine, start=10, count=2)
+    draw(folder, engine, count=2)  # a part of it again
+    photo = folder / "20240101.png"
+    photo.write_bytes(b"a holiday")
+    draw(folder, engine, Recipe(seed=1), count=1, overwrite=True)
+    assert sorted(p.name for p in folder.glob("*.png")) == [
+        "000000.png",
+        "20240101.png",
+        "grid.png",
+    ]
+    assert photo.read_bytes() == b"a holiday"
+
+
+def test_a_run_goes_on_with_the_batch_it_began_with(tmp_path: Path, engine: Engine) -> None:
+    assert recorded_batch(tmp_path) is None
+    draw(tmp_path, engine, count=4, batch=3)
+    assert recorded_batch(tmp_path) == 3
+
+
+@pytest.mark.parametrize(
+    "damage", [{"batch": 0}, {"batch": "many"}, {"images": [4, 4]}, {"images": 8}, {"identity": 1}]
+)
+def test_a_report_that_makes_no_sense_is_damaged(
+    tmp_path: Path, engine: Engine, damage: dict[str, object]
+) -> None:
+    draw(tmp_path, engine, count=1)
+    report = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**report, **damage}))
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        draw(tmp_path, engine, count=2)
+    draw(tmp_path, engine, count=2, overwrite=True)
 
 
 def test_given_betas_survive_run_json_bit_for_bit(tmp_path: Path) -> None:

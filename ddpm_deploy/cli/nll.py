@@ -89,7 +89,7 @@ def command(
             )
         count = min(count, len(pictures))
         chosen = np.arange(count) * len(pictures) // count
-        batch = batch or default_batch(spec, count)
+        batch = batch or min(count, default_batch(spec))
         last = spec.schedule.T - 1
         terms = (min(TIMESTEPS, last) or None) if timesteps is None else timesteps
         low, high = spec.value_range

@@ -68,7 +68,7 @@ def command(
 
     from ddpm_deploy.engines import open_engine
     from ddpm_deploy.noise import SeededNoise
-    from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Recipe, Run, default_batch
+    from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Recipe, Run, default_batch, recorded_batch
     from ddpm_deploy.sampling import Sampler, Spacing
 
     with open_engine(engine, threads=threads, device=device) as opened:
@@ -92,7 +92,9 @@ def command(
             recipe=recipe,
             start=start,
             count=count,
-            batch=batch or default_batch(opened.spec, count),
+            batch=batch
+            or (None if overwrite else recorded_batch(output))
+            or default_batch(opened.spec),
             origin=["ddpm-deploy", *sys.argv[1:]],
         )
         if gif and not run.pictures:
