@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -147,7 +147,12 @@ def save(trainer: Trainer, folder: Path) -> None:
     """
     for name, content in [(LAST, trainer.state()), (WEIGHTS, trainer.weights())]:
         with whole_file(folder / name) as partial, partial.open("wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # its end of the archive hides what the write said
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 def fit(
@@ -174,12 +179,14 @@ def fit(
     look = 1 if fabric.device.type == "cpu" else 10
     smooth = _Smooth()
     saved = trainer.step
-    with _caught_signals() as caught, _curves(folder, trainer.step, on=leader) as curves:
-        # A folder that cannot be written is found out here. A run that goes on saves too: it may
-        # have been killed between last.pt and ckpt.pt, and a new --steps counts from here on.
+    with _caught_signals() as caught, ExitStack() as stack:
+        # A folder that cannot be written is found out here, before TensorBoard's thread would meet
+        # it. A run that goes on saves too: it may have been killed between last.pt and ckpt.pt, and
+        # a new --steps counts from here on.
         if leader:
             write_text(folder / SETTINGS, json.dumps(settings.to_dict(), indent=2) + "\n")
             save(trainer, folder)
+        curves = stack.enter_context(_curves(folder, trainer.step, on=leader))
         pending: list[TrainStep] = []
         stop = 0
         while trainer.step < settings.steps and not stop:

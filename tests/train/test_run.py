@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -206,6 +207,20 @@ def test_a_full_disk_leaves_the_save_before(
         fit(trainer, tmp_path)
     assert read_run(tmp_path).state["step"] == 2
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_write_says_so(
+    start: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    trainer = start()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):  # torch raises a RuntimeError
+            fit(trainer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
