@@ -35,8 +35,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.parent / f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}"
     try:
         yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -44,6 +43,12 @@ def whole_file(path: Path) -> Iterator[Path]:
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's bytes are on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

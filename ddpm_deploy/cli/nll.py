@@ -180,7 +180,8 @@ def _conditions(
     others = [c.name for c in spec.conditions if c is not label]
     if others:
         raise DataError(
-            f"The network takes {', '.join(others)}, and pictures alone do not say what it is."
+            f"The network takes {', '.join(others)}, and pictures alone do not say what it is.",
+            hint="Measure a network whose only condition is a class label.",
         )
     if label is None:
         if label_free:

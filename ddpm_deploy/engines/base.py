@@ -54,13 +54,15 @@ class Engine(ABC):
         if t.min() < 0 or t.max() >= self.spec.schedule.T:
             raise EngineInputError(
                 f"t is {t.min()}..{t.max()}; this network has timesteps "
-                f"0..{self.spec.schedule.T - 1}."
+                f"0..{self.spec.schedule.T - 1}.",
+                hint="Make the table from engine.spec: its schedule is the network's own.",
             )
         wanted = {c.name: c for c in self.spec.conditions}
         if wanted.keys() != conditions.keys():
             raise EngineInputError(
                 f"The conditions given are {_names(conditions)}; "
-                f"this engine takes {_names(wanted)}."
+                f"this engine takes {_names(wanted)}.",
+                hint="Give each by its name: engine(x, t, y=labels)",
             )
         for name, condition in wanted.items():
             value = conditions[name]
@@ -73,7 +75,8 @@ class Engine(ABC):
                     none = "" if condition.null is None else f", and {condition.null} for none"
                     raise EngineInputError(
                         f"{name} is {value.min()}..{value.max()}; "
-                        f"this network has labels 0..{condition.classes - 1}{none}."
+                        f"this network has labels 0..{condition.classes - 1}{none}.",
+                        hint="Give int64 labels of the classes that the network was trained with.",
                     )
         out = self._run({"x": x, "t": t, **conditions})
         if out.shape != (n, *self.spec.output_shape):

@@ -99,7 +99,8 @@ def optimise(graph: Path, output: Path, *, device: str = "auto") -> None:
         ort.InferenceSession(str(graph), options, providers=_providers(device))
     except Exception as error:
         raise EngineError(
-            f"ONNX Runtime {ort.__version__} cannot optimise {graph}: {_first_line(error)}"
+            f"ONNX Runtime {ort.__version__} cannot optimise {graph}: {_first_line(error)}",
+            hint=f"Run the graph itself: ddpm-deploy sample --engine {graph}",
         ) from error
 
 

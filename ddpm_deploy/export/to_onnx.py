@@ -7,7 +7,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.check import Deviation, check_graph
-from ddpm_deploy.files import whole_file
+from ddpm_deploy.files import flush, whole_file
 from ddpm_deploy.spec import METADATA_KEY, ModelSpec
 
 OPSETS = range(18, 24)
@@ -72,18 +72,20 @@ def export_network(network: nn.Module, spec: ModelSpec, path: Path, *, opset: in
     start = time.perf_counter()
     if opset not in OPSETS:
         raise ValueError(f"opset is {opset}; this exporter writes {OPSETS[0]} to {OPSETS[-1]}")
-    with whole_file(path) as partial:  # a folder that cannot be made fails before the long work
-        model = _trace(network, spec, opset)
-        _strip_provenance(model)
-        onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
-        model.producer_name, model.producer_version = "ddpm-deploy", spec.tool_version
-        data = partial.with_name(f"{path.stem}.{secrets.token_hex(4)}.data")
-        try:
+    data = path.resolve().with_name(f"{path.stem}.{secrets.token_hex(4)}.data")
+    try:
+        # Opened first: a folder that cannot be made fails before the long work.
+        with whole_file(path) as partial:
+            model = _trace(network, spec, opset)
+            _strip_provenance(model)
+            onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+            model.producer_name, model.producer_version = "ddpm-deploy", spec.tool_version
             _save(model, partial, data)
             deviations = check_graph(partial, network, spec)
-        except BaseException:
-            data.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        with suppress(OSError):  # there is no folder that it could be in
+            data.unlink()
+        raise
     return Exported(
         path=path,
         spec=spec,
@@ -164,4 +166,5 @@ def _save(model: onnx.ModelProto, partial: Path, data: Path) -> None:
         onnx.save_model(
             model, partial, save_as_external_data=True, location=data.name, size_threshold=1024
         )
+        flush(data)
     onnx.checker.check_model(partial, full_check=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddpm_deploy.errors import CheckpointError, MissingDependencyError
 from ddpm_deploy.files import sha256
-from ddpm_deploy.model.families import DOME272, Family, detect
+from ddpm_deploy.model.families import Family, detect
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.spec import ModelSpec
 
@@ -76,7 +76,7 @@ def load_network(
         SpecError: The spec in a checkpoint of ours is damaged or of a later version.
     """
     path = Path(path)
-    content = _open(path)
+    content = read_content(path)
     raw, taken = _unwrap(content, path, weights)
     state = _strip(raw)
     family = detect(state, source=str(path))
@@ -95,6 +95,7 @@ def load_network(
                 f"{path} was trained with the schedule {own.schedule}, not with {schedule}.",
                 hint="Leave the schedule's options out.",
             )
+        _check_fit(own, family.spec(state, None), path, "the spec in it")
         spec = own
     elif spec is None:
         spec = family.spec(state, image_size)
@@ -108,7 +109,7 @@ def load_network(
                 )
             spec = spec.with_changes(schedule=schedule)
     else:
-        _check_fit(spec, family.spec(state, None), path)
+        _check_fit(spec, family.spec(state, None), path, "the engine beside it")
     spec = spec.with_changes(checkpoint_sha256=sha256(path))
     return LoadedNetwork(network=network, spec=spec, weights=taken, assumed=assumed)
 
@@ -118,11 +119,8 @@ def read_content(path: Path) -> Any:
 
     Raises:
         CheckpointError: The file is missing, damaged, or needs code to be read.
+        MissingDependencyError: `.safetensors` needs the package of that name.
     """
-    return _open(path)
-
-
-def _open(path: Path) -> Any:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise CheckpointError(
@@ -305,15 +303,15 @@ def _build(family: Family, state: Mapping[str, Tensor], path: Path) -> nn.Module
     return network.eval().requires_grad_(False)
 
 
-def _check_fit(spec: ModelSpec, shown: ModelSpec, path: Path) -> None:
-    """Compares a spec that came from elsewhere with what the weights show."""
+def _check_fit(spec: ModelSpec, shown: ModelSpec, path: Path, origin: str) -> None:
+    """Compares a spec with what the weights show."""
     given, wanted = (
         f"{s.sample_shape[0]} channels and {s.label.classes if s.label else 'no'} labels"
         for s in (spec, shown)
     )
     if given != wanted:
         raise CheckpointError(
-            f"{path} is a network of {wanted}; the engine beside it has {given}.",
+            f"{path} is a network of {wanted}; {origin} has {given}.",
             hint="Give the checkpoint that the engine was exported from.",
         )
 
@@ -344,6 +342,3 @@ def _damaged(path: Path, what: str) -> CheckpointError:
         f"{path} is damaged, or is no checkpoint: {what}.",
         hint="Copy it again from where it was trained, and compare: sha256sum " + str(path),
     )
-
-
-__all__ = ["DOME272", "OWN_FAMILY", "LoadedNetwork", "Weights", "load_network", "read_content"]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from ddpm_deploy.errors import TrainError
+from ddpm_deploy.model.checkpoint import OWN_FAMILY
 from ddpm_deploy.model.families import label_condition
 from ddpm_deploy.model.unet import UNetWidths
 from ddpm_deploy.sampling import Variance
@@ -108,7 +109,7 @@ class Settings:
             schedule=named_schedule(self.schedule, self.timesteps),
             variance=self.variance,
             conditions=(label_condition(classes),) if classes else (),
-            family="ddpm-deploy",
+            family=OWN_FAMILY,
         )
 
     def to_dict(self) -> dict[str, Any]:
