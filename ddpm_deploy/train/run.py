@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -169,7 +170,8 @@ def fit(
         watch: Called after every step, or every tenth on a GPU.
 
     Raises:
-        TrainError: The loss or the gradient is no longer finite; the last checkpoint is kept.
+        TrainError: The loss or the gradient is no longer finite, or another process of the run has
+            ended; the last checkpoint is kept.
         DataError: A picture cannot be read.
         OSError: The folder cannot be written, or is full.
     """
@@ -179,7 +181,7 @@ def fit(
     look = 1 if fabric.device.type == "cpu" else 10
     smooth = _Smooth()
     saved = trainer.step
-    with _caught_signals() as caught, ExitStack() as stack:
+    with _caught_signals() as caught, _together(fabric, folder), ExitStack() as stack:
         # A folder that cannot be written is found out here, before TensorBoard's thread would meet
         # it. A run that goes on saves too: it may have been killed between last.pt and ckpt.pt, and
         # a new --steps counts from here on.
@@ -212,6 +214,22 @@ def fit(
     return Outcome(
         checkpoint=folder / WEIGHTS, step=trainer.step, loss=smooth.value, signal=stop or None
     )
+
+
+@contextmanager
+def _together(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """Says so where another process of the run has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).lower()
+        if fabric.world_size == 1 or not ("gloo" in words or "nccl" in words):
+            raise
+        raise TrainError(
+            f"Another process of the run has ended, or is out of reach. {folder / LAST} holds the "
+            "last save.",
+            hint=f"Go on from there: ddpm-deploy train --resume -o {shlex.quote(str(folder))}",
+        ) from error
 
 
 def _gather(

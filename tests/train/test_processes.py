@@ -94,6 +94,22 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
     assert read_run(tmp_path).state["step"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the second process in /proc")
+def test_a_process_that_is_killed_ends_the_run_with_the_way_on(tmp_path: Path) -> None:
+    run = start(
+        *("ddpm_deploy", *TRAIN, "--steps", "100000", "-o", str(tmp_path), "--devices", "2")
+    )
+    wait_for_curves(tmp_path)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    code, _, err = finish(run)
+    assert code == 2, err
+    assert "Another process of the run has ended" in err
+    assert f"--resume -o {tmp_path}" in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals, code: int
