@@ -20,6 +20,9 @@ from ddpm_deploy.images import CHANNELS, from_pixels, read_picture
 DIGITS = "digits"
 """The word that names scikit-learn's 1,797 handwritten digits of 8x8 pixels."""
 
+LARGEST = 4096
+"""Height or width that pictures are brought to at most; beyond it memory ends before patience."""
+
 FOLDER_SIZE = 64
 """Height and width that the pictures of a folder are brought to, where none is asked for."""
 
@@ -96,9 +99,9 @@ def open_data(
         MissingDependencyError: `digits` needs scikit-learn.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and min(size) < 1:
+    if size is not None and not 1 <= min(size) <= max(size) <= LARGEST:
         raise DataError(
-            f"The image size is {image_size}; it must be at least 1 pixel.",
+            f"The image size is {image_size}; it must lie in 1..{LARGEST} pixels.",
             hint="Type it in pixels: --image-size 64",
         )
     if channels not in {None, *CHANNELS}:

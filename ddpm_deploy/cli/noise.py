@@ -38,7 +38,7 @@ def command(
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Longer side in pixels; at most 256 if left out."),
+        typer.Option(min=1, max=4096, help="Longer side in pixels; at most 256 if left out."),
     ] = None,
     seed: Seed = 0,
 ) -> None:

@@ -55,13 +55,13 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     local: Annotated[
-        float, typer.Option(help="Budget: output error on the reference's x_t, of the peak.")
+        float, typer.Option(min=0, help="Budget: output error on the reference's x_t, of the peak.")
     ] = 2e-5,
     accumulated: Annotated[
-        float, typer.Option(help="Budget: error of x_t when both run free, of the peak.")
+        float, typer.Option(min=0, help="Budget: error of x_t when both run free, of the peak.")
     ] = 1e-3,
     pixels: Annotated[
-        float, typer.Option(help="Budget: least share of pixels within one level of 255.")
+        float, typer.Option(min=0, help="Budget: least share of pixels within one level of 255.")
     ] = 0.999,
     threads: Threads = None,
     device: Device = "auto",

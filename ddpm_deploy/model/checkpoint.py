@@ -285,7 +285,12 @@ def _strip(raw: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _build(family: Family, state: Mapping[str, Tensor], path: Path) -> nn.Module:
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path} holds {tensor.dtype} in {name}; weights are floating-point numbers.",
+                hint="Quantised weights cannot be exported: take the file that was trained.",
+            )
+        if not bool(torch.isfinite(tensor).all()):
             wrong = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"{path} has numbers that are not finite: {wrong} of {tensor.numel()} in {name}.",

@@ -331,3 +331,14 @@ def test_a_damaged_or_later_spec_in_a_checkpoint_is_refused(
     torch.save({"ddpm_deploy": own, "ema": tiny_network().state_dict()}, path)
     with pytest.raises(SpecError, match=what):
         load_network(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    state = {key: value.to(dtype) for key, value in tiny_network(channels=3).state_dict().items()}
+    path = tmp_path / "ckpt.pt"
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=rf"holds {dtype} in inc\.double_conv\.0\.weight"):
+        load_network(path)
