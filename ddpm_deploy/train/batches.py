@@ -19,6 +19,9 @@ from ddpm_deploy.arrays import Samples, Timesteps
 from ddpm_deploy.data import ImageData
 from ddpm_deploy.noise import SeededNoise
 
+NOISE_STEP = 1 << 62
+"""Step of `SeededNoise` that training draws, so that no noise is one that a sampler starts from."""
+
 _ORDER, _DRAWS = 1, 2
 """Words of the counter that keep the streams of a seed apart; `SeededNoise` has word 0."""
 
@@ -89,7 +92,7 @@ class Batches:
         y = None
         if self.classes and self.data.labels is not None:
             y = np.where(dropped, self.classes, self.data.labels[indices])
-        eps = SeededNoise(self.seed, numbers, self.data.sample_shape)(0)
+        eps = SeededNoise(self.seed, numbers, self.data.sample_shape)(NOISE_STEP)
         return Batch(x0=x0, t=t, eps=eps, y=y)
 
     def stream(self, start: int) -> Iterator[Batch]:
