@@ -50,6 +50,7 @@ class Condition:
         shape: Shape for one sample, without the batch axis; () for a label.
         classes: Number of classes of a label; None for an observation.
         null: The label that means "no label", which guidance needs; None where there is none.
+        names: What the classes are called, in order; empty where nobody says.
     """
 
     name: str
@@ -58,11 +59,16 @@ class Condition:
     shape: tuple[int, ...] = ()
     classes: int | None = None
     null: int | None = None
+    names: tuple[str, ...] = ()
 
     def _check(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"a condition's name is {self.name!r}")
         np.dtype(self.dtype)  # TypeError when NumPy knows no such
+        if not all(isinstance(name, str) for name in self.names):
+            raise ValueError(f"the names of {self.name} are {self.names}")
+        if self.names and len(self.names) != self.classes:
+            raise ValueError(f"{self.name} has {self.classes} classes and {len(self.names)} names")
         if not all(_whole(size, 1) for size in self.shape):
             raise ValueError(f"the shape of {self.name} is {self.shape}")
         for what, number, least in [("classes", self.classes, 1), ("null", self.null, 0)]:
@@ -227,7 +233,8 @@ class ModelSpec:
                 raise ValueError(f"unknown fields: {', '.join(unknown)}")
             data["schedule"] = _read_schedule(data["schedule"])
             data["conditions"] = tuple(
-                Condition(**{**c, "shape": tuple(c["shape"])}) for c in data["conditions"]
+                Condition(**{**c, "shape": tuple(c["shape"]), "names": tuple(c.get("names", ()))})
+                for c in data["conditions"]
             )
             data["sample_shape"] = tuple(data["sample_shape"])
             low, high = data["value_range"]

@@ -107,6 +107,7 @@ def test_json_is_plain_and_says_its_format() -> None:
         "shape": [],
         "classes": 10,
         "null": 10,
+        "names": [],
     }
     assert set(data) == {
         *("format", "sample_shape", "schedule", "prediction", "variance", "clip", "value_range"),
@@ -301,3 +302,13 @@ def test_a_change_that_makes_no_spec_is_refused() -> None:
     for fields, message in changes:
         with pytest.raises(ValueError, match=message):
             SPEC.with_changes(**fields)
+
+
+def test_names_of_classes_travel_and_are_as_many_as_the_classes() -> None:
+    condition = Condition(
+        name="y", meaning="class_label", dtype="int64", classes=2, null=2, names=("cat", "dog")
+    )
+    spec = ModelSpec(sample_shape=(1, 8, 8), schedule=linear(10), conditions=(condition,))
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    with pytest.raises(SpecError, match=r"y has 2 classes and 3 names"):
+        ModelSpec.from_json(spec.to_json().replace('"cat"', '"cat", "cow"'))

@@ -34,7 +34,7 @@ SpacingName = Annotated[
 ]
 Label = Annotated[
     str | None,
-    typer.Option(help="Class: 3, or 0,1,2 in turn, or none; all in turn if left out."),
+    typer.Option(help="Class: 3, cat, or 0,1,2 in turn, or none; all if left out."),
 ]
 Guidance = Annotated[
     float, typer.Option(help="Classifier-free guidance s in u + s(c - u); 1 is none.")
@@ -66,7 +66,9 @@ def settings(hint: str = "") -> Iterator[None]:
 
 
 def parse_labels(text: str | None, spec: ModelSpec) -> tuple[int, ...] | None:
-    """Reads `--label`: a number, a list such as 0,1,2, or `none` for the null label.
+    """Reads `--label`: a class by number or name, a list such as 0,1,2, or `none`.
+
+    Where classes are called by numbers, a number is a name: folders 1 to 10 sort as 1, 10, 2.
 
     Returns:
         The labels, None where the option was left out.
@@ -76,12 +78,19 @@ def parse_labels(text: str | None, spec: ModelSpec) -> tuple[int, ...] | None:
     null = None if spec.label is None else spec.label.null
     if text == "none" and null is not None:
         return (null,)
+    names = () if spec.label is None else spec.label.names
+    numbered = any(name.isdecimal() for name in names)
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(
+            names.index(part) if numbered or part in names else int(part)
+            for part in map(str.strip, text.split(","))
+        )
     except ValueError:
+        known = f"; its classes are {', '.join(names)}" if names else ""
         raise typer.BadParameter(
             f"{text!r} is neither a label, nor a list such as 0,1,2"
-            + (", nor none" if null is not None else "; this network has no null label"),
+            + (", nor none" if null is not None else "; this network has no null label")
+            + known,
             param_hint="--label",
         ) from None
 

@@ -191,7 +191,8 @@ def command(
             again += f" --device {device}"
         if devices > 1:
             again += f" --devices {devices}"
-        note(f"stopped at step {outcome.step}, which is saved; go on with: {again}")
+        note(f"stopped at step {outcome.step}, which is saved; go on with:")
+        note(f"  {again}")
         raise typer.Exit(128 + outcome.signal)
     typer.echo(outcome.checkpoint)
 

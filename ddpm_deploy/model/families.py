@@ -5,7 +5,7 @@ A family is told by the names of its tensors alone; every width is then read off
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -71,9 +71,16 @@ def _spec_dome272(state: State, image_size: int | None) -> ModelSpec:
     )
 
 
-def label_condition(classes: int) -> Condition:
+def label_condition(classes: int, names: Sequence[str] = ()) -> Condition:
     """Returns the class label `y` of a `UNet`, whose null label is `classes`."""
-    return Condition(name="y", meaning="class_label", dtype="int64", classes=classes, null=classes)
+    return Condition(
+        name="y",
+        meaning="class_label",
+        dtype="int64",
+        classes=classes,
+        null=classes,
+        names=tuple(names),
+    )
 
 
 DOME272 = Family(

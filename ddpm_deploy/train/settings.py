@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -97,18 +97,18 @@ class Settings:
             if not right:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {wanted}")
 
-    def spec(self, sample_shape: tuple[int, int, int], classes: int) -> ModelSpec:
+    def spec(self, sample_shape: tuple[int, int, int], classes: Sequence[str]) -> ModelSpec:
         """Returns what the trained network is.
 
         Args:
             sample_shape: (C, H, W) of the data.
-            classes: Number of the data's classes; 0 makes an unconditional network.
+            classes: What the data's classes are called; none make an unconditional network.
         """
         return ModelSpec(
             sample_shape=sample_shape,
             schedule=named_schedule(self.schedule, self.timesteps),
             variance=self.variance,
-            conditions=(label_condition(classes),) if classes else (),
+            conditions=(label_condition(len(classes), classes),) if classes else (),
             family=OWN_FAMILY,
         )
 

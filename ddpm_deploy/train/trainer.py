@@ -75,7 +75,8 @@ class Trainer:
         check(settings, data, fabric.world_size)
         self.settings, self.data, self.fabric = settings, data, fabric
         classes = 0 if settings.unconditional else len(data.classes)
-        self.spec: ModelSpec = settings.spec(data.sample_shape, classes)
+        names = data.classes if classes else ()
+        self.spec: ModelSpec = settings.spec(data.sample_shape, names)
         self.step = 0
 
         with torch.random.fork_rng(devices=[]):

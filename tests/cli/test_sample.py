@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 from ddpm_deploy import ModelSpec, images, linear
+from ddpm_deploy.cli.common import parse_labels
+from ddpm_deploy.model.families import label_condition
 from tests.commands import Outcome, contents, finish, refusal, run, start
 from tests.support import tiny_spec, write_graph
 
@@ -455,3 +458,30 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert "Traceback" not in err
     assert "BrokenPipe" not in err
     assert len(pictures("samples")) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "labels"),
+    [
+        (("cat", "dog"), "dog", (1,)),
+        (("cat", "dog"), "dog, cat,0", (1, 0, 0)),
+        (("1", "10", "2"), "10,2", (1, 2)),
+        ((), "1,0", (1, 0)),
+        (("cat", "dog"), "none", (2,)),
+    ],
+)
+def test_a_class_is_asked_for_by_its_name(
+    names: tuple[str, ...], text: str, labels: tuple[int, ...]
+) -> None:
+    spec = tiny_spec(classes=len(names) or 2)
+    spec = spec.with_changes(conditions=(label_condition(len(names) or 2, names),))
+    assert parse_labels(text, spec) == labels
+
+
+@pytest.mark.parametrize(("names", "text"), [(("cat", "dog"), "cow"), (("1", "10"), "0")])
+def test_a_class_that_is_not_there_is_told_those_that_are(
+    names: tuple[str, ...], text: str
+) -> None:
+    spec = tiny_spec().with_changes(conditions=(label_condition(2, names),))
+    with pytest.raises(typer.BadParameter, match=f"its classes are {', '.join(names)}"):
+        parse_labels(text, spec)

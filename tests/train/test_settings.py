@@ -74,10 +74,10 @@ def test_widths_that_make_no_network_are_refused(text: str, message: str) -> Non
 
 
 def test_the_spec_says_what_was_trained() -> None:
-    spec = tiny(schedule="cosine", variance="fixed_large").spec((1, 8, 8), 10)
+    spec = tiny(schedule="cosine", variance="fixed_large").spec((1, 8, 8), list("0123456789"))
     assert (spec.schedule.name, spec.schedule.T) == ("cosine", 20)
     assert (spec.prediction, spec.variance, spec.clip) == ("epsilon", "fixed_large", 1.0)
     assert (spec.sampler, spec.rounding, spec.first_timestep) == ("ddpm", "nearest", 0)
     assert spec.label is not None
     assert (spec.label.classes, spec.label.null) == (10, 10)
-    assert tiny().spec((1, 8, 8), 0).conditions == ()
+    assert tiny().spec((1, 8, 8), ()).conditions == ()
