@@ -170,7 +170,7 @@ class ModelSpec:
                 if steps not in {None, own} or eta or spacing != "leading":
                     raise ValueError(
                         f"the dome272 loop has neither a stride nor eta: {own} steps here; "
-                        "ddpm and ddim have"
+                        "--sampler ddim and ddpm have them"
                     )
                 if self.prediction != "epsilon" or self.output_shape != self.sample_shape:
                     raise ValueError(

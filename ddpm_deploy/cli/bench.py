@@ -75,7 +75,7 @@ def command(
         loops[name] = engine_loop(each, recipe, batch)
         rows[name] = len(recipe.table(each.spec))
     shortest = min(steps, *rows.values())
-    note(f"timing {len(loops)} loops: {repeat} turns of {shortest} steps at batch {batch}")
+    note(f"timing at batch {batch}: {len(loops)} x {repeat} turns of {shortest} steps")
     results = [*measure(loops, batch=batch, rows=rows, steps=steps, repeat=repeat, warm_up=warm_up)]
     for each in opened:
         each.close()

@@ -44,14 +44,19 @@ def command(
             f"{graph} is a checkpoint; build takes the ONNX file made from it.",
             hint=f"Export it first: ddpm-deploy export {graph} -o unet.onnx",
         )
+    if graph.suffix != ".onnx":
+        raise EngineBuildError(
+            f"{graph} is no ONNX file: its suffix is {graph.suffix!r}.",
+            hint="Give the file that export wrote: ddpm-deploy build unet.onnx",
+        )
     output = output or graph.with_suffix(".ort.onnx")
     if output.suffix != ".onnx":
         raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
-    note("no TensorRT in this release: building an ONNX Runtime engine in float32")
     built = build_ort(graph, output, threads=threads, device=device)
+    apart = f"at most {built.deviation:.1e} of the peak from" if built.deviation else "the same as"
     note(
-        f"{built.runtime}, at most {built.deviation:.1e} of the peak from {graph}; opens in "
-        f"{built.load_seconds:.2f} s, the graph in {built.graph_load_seconds:.2f} s"
+        f"built for {built.runtime} in float32 (this release has no TensorRT): {apart} {graph}; "
+        f"opens in {built.load_seconds:.2f} s, the graph in {built.graph_load_seconds:.2f} s"
     )
     if json:
         print_json({**asdict(built), "path": str(built.path)})

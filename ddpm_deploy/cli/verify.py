@@ -162,11 +162,11 @@ def _print(report: dict[str, object], what: str) -> None:
         drift = max(steps, key=lambda step: step["x"])
         budget = data["budget"]
         typer.echo(
-            f"local: at most {worst['local_out']:.1e}, at t = {worst['t']} "
+            f"local ε: at most {worst['local_out']:.1e}, at t = {worst['t']} "
             f"(budget {budget['local']:.0e})"
         )
         typer.echo(
-            f"accumulated: at most {drift['x']:.1e}, at t = {drift['t']} "
+            f"free x (accumulated): at most {drift['x']:.1e}, at t = {drift['t']} "
             f"(budget {budget['accumulated']:.0e})"
         )
         finite = [value for value in data["psnr"] if value is not None]

@@ -153,6 +153,11 @@ def open_engine(
         MissingDependencyError: The runtime is not installed.
     """
     path = Path(path)
+    if path.is_dir():
+        raise EngineError(
+            f"{path} is a folder; an engine is a file.",
+            hint="Give the file: --engine unet.onnx",
+        )
     if path.suffix not in {".onnx", ".plan", *CHECKPOINT_SUFFIXES}:
         raise EngineError(
             f"{path} is not an engine: its suffix is {path.suffix!r}.",

@@ -128,6 +128,11 @@ def read_content(path: Path) -> Any:
         )
     if path.stat().st_size == 0:
         raise _damaged(path, "it is empty")
+    if path.suffix in {".onnx", ".plan"}:
+        raise CheckpointError(
+            f"{path} is an engine already; a checkpoint is what training saved.",
+            hint=f"Build it or draw with it: ddpm-deploy sample --engine {path}",
+        )
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     _check_archive(path)

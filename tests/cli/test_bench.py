@@ -75,7 +75,7 @@ def test_the_table_has_the_columns_and_fits_80() -> None:
         assert column in lines[2]
     assert max(map(len, lines)) <= 80
     assert "e+" not in outcome.out
-    assert outcome.err == "timing 2 loops: 2 turns of 3 steps at batch 1\n"
+    assert outcome.err == "timing at batch 1: 2 x 2 turns of 3 steps\n"
 
 
 def test_engines_of_one_file_name_are_kept_apart() -> None:

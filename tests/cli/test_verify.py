@@ -70,8 +70,8 @@ def test_the_same_model_passes_with_a_table_and_a_verdict() -> None:
     outcome = verify("-e", "unet.onnx", "--against", "same.onnx")
     assert outcome.code == 0
     assert "onnxruntime CPU against onnxruntime CPU, 4 images, 20 steps" in outcome.out
-    assert "local: at most 0.0e+00, at t = 19 (budget 2e-05)" in outcome.out
-    assert "accumulated: at most 0.0e+00, at t = 19 (budget 1e-03)" in outcome.out
+    assert "local ε: at most 0.0e+00, at t = 19 (budget 2e-05)" in outcome.out
+    assert "free x (accumulated): at most 0.0e+00, at t = 19 (budget 1e-03)" in outcome.out
     assert "images: 100.000% of pixels equal" in outcome.out
     assert outcome.out.endswith("verdict: the same model\n")
     rows = [line for line in outcome.out.splitlines() if "0.0e+00 │" in line]
