@@ -57,6 +57,6 @@ def describe(condition: Condition) -> str:
     text = f"{condition.meaning}, {condition.dtype} {condition.shape}"
     if condition.classes is not None:
         text += f", {condition.classes} classes"
-    if condition.names:
+    if condition.names != tuple(map(str, range(len(condition.names)))):
         text += " (" + ", ".join(f"{i} {name}" for i, name in enumerate(condition.names)) + ")"
     return text if condition.null is None else f"{text}, {condition.null} for none"
