@@ -78,7 +78,7 @@ def test_an_observation_has_no_classes() -> None:
         ("unet.plan", "unet.plan is a TensorRT plan"),
         ("bare.onnx", "bare.onnx carries no ddpm-deploy spec"),
         ("text.pt", "text.pt is damaged, or is no checkpoint"),
-        (".", ". is not an engine"),
+        (".", ". is a folder; an engine is a file"),
     ],
 )
 def test_what_says_nothing_is_one_message(folder: Path, file: str, message: str) -> None:

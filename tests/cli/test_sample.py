@@ -199,7 +199,7 @@ def test_labels_and_guidance_reach_the_network() -> None:
         (["-e", "missing.onnx"], "There is no file missing.onnx."),
         (["-e", "unet.plan"], "unet.plan is a TensorRT plan; this release runs ONNX files"),
         (["-e", "notes.txt"], "notes.txt is not an engine: its suffix is '.txt'."),
-        (["-e", "."], ". is not an engine: its suffix is ''."),
+        (["-e", "."], ". is a folder; an engine is a file."),
         (["-e", "garbage.onnx"], "cannot load garbage.onnx"),
         (["-e", "empty.onnx"], "cannot load empty.onnx"),
         (["-e", "short.onnx"], "cannot load short.onnx"),
