@@ -123,7 +123,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert step > 0
     assert (
         f"stopped at step {step}, which is saved; "
-        f"go on with: ddpm-deploy train --resume -o {tmp_path}\n" in err
+        f"go on with:\n  ddpm-deploy train --resume -o {tmp_path}\n" in err
     )
     assert "Traceback" not in err
 
