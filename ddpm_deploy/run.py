@@ -13,7 +13,7 @@ import platform
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -134,8 +134,7 @@ def steps_of(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Iterator[
     noise = SeededNoise(recipe.seed, images, engine.spec.sample_shape)
     predict = recipe.predictor(engine, images)
     for step in denoise(predict, recipe.table(engine.spec), noise):
-        # Clipping turns an infinite output into a finite picture, so the output is looked at too.
-        if not (np.isfinite(step.x).all() and np.isfinite(step.out).all()):
+        if not step.finite:
             raise EngineError(
                 f"{engine.name} gave numbers that are not finite at t = {step.t} (step {step.k}).",
                 hint="See where it begins: ddpm-deploy verify --engine "
@@ -197,7 +196,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             self._clear()
-        identity = self._identity()
+        identity = self._identity
         if self.report.exists():
             before = _read_report(self.report)
             if differing := _differences(before["identity"], identity):
@@ -282,7 +281,7 @@ class Run:
             sheet = grid([self._read(image) for image in shown])
             write_png(self.folder / "grid.png", sheet)
             written.append(self.folder / "grid.png")
-        self._write_report(self._identity(), finished=True, timing=timing)
+        self._write_report(self._identity, finished=True, timing=timing)
         return [*written, self.report]
 
     def write_npz(self, path: Path) -> None:
@@ -372,6 +371,7 @@ class Run:
         for name in ("run.json", "grid.png", GIF_NAME, NPZ_NAME):
             (self.folder / name).unlink(missing_ok=True)
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         engine, recipe = self.engine, self.recipe
         return {

@@ -87,6 +87,11 @@ class Step:
     x0: Samples
     x: Samples
 
+    @property
+    def finite(self) -> bool:
+        """Tells whether all its numbers are; clipping makes a picture of an infinite output."""
+        return bool(np.isfinite(self.x).all() and np.isfinite(self.out).all())
+
 
 def timesteps(T: int, steps: int | None = None, *, spacing: Spacing = "leading") -> list[int]:  # noqa: N803
     """Chooses the timesteps that a shorter loop visits.

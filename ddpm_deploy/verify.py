@@ -18,8 +18,9 @@ from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.images import to_pixels
 from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.parity import TOLERANCE, relative_error
 from ddpm_deploy.run import Recipe
-from ddpm_deploy.sampling import Step, denoise
+from ddpm_deploy.sampling import denoise
 from ddpm_deploy.spec import ModelSpec
 
 SAME_MODEL = (
@@ -48,7 +49,7 @@ class Budget:
         pixels: Least share of final 8-bit values that differ by at most one level.
     """
 
-    local: float = 2e-5
+    local: float = TOLERANCE
     accumulated: float = 1e-3
     pixels: float = 0.999
 
@@ -206,7 +207,7 @@ class Verifier:
     def __iter__(self) -> Iterator[StepError]:
         free = denoise(self._engine, self.table, self._noise)
         for wanted in denoise(self._reference, self.table, self._noise):
-            if not _finite(wanted):
+            if not wanted.finite:
                 raise ParityError(
                     f"The reference itself gives numbers that are not finite at t = {wanted.t}.",
                     hint="Was the checkpoint trained to the end? Compare another one.",
@@ -216,19 +217,19 @@ class Verifier:
                 denoise(self._engine, [self.table[k - 1]], partial(self._draw, k), x=wanted.x_t)
             )
             given = next(free)
-            if not (_finite(local) and _finite(given)):
+            if not (local.finite and given.finite):
                 self._not_finite = wanted.t
                 return
             self._last = wanted.x, given.x
             error = StepError(
                 k=k,
                 t=wanted.t,
-                local_out=_relative(local.out, wanted.out),
-                local_x0=_relative(local.x0, wanted.x0),
-                local_x=_relative(local.x, wanted.x),
-                out=_relative(given.out, wanted.out),
-                x0=_relative(given.x0, wanted.x0),
-                x=_relative(given.x, wanted.x),
+                local_out=relative_error(local.out, wanted.out),
+                local_x0=relative_error(local.x0, wanted.x0),
+                local_x=relative_error(local.x, wanted.x),
+                out=relative_error(given.out, wanted.out),
+                x0=relative_error(given.x0, wanted.x0),
+                x=relative_error(given.x, wanted.x),
             )
             self._steps.append(error)
             yield error
@@ -263,16 +264,6 @@ class Verifier:
             largest_pixel=int(difference.max()),
             budget=self.budget,
         )
-
-
-def _finite(step: Step) -> bool:
-    # Clipping turns an infinite output into a finite picture, so the output is looked at too.
-    return bool(np.isfinite(step.x).all() and np.isfinite(step.out).all())
-
-
-def _relative(given: Samples, wanted: Samples) -> float:
-    peak = float(np.abs(wanted).max())
-    return float(np.abs(given - wanted).max()) / (peak or 1.0)
 
 
 def _psnr(difference: Array) -> float:

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_deploy.arrays import Array
 from ddpm_deploy.engines.base import Engine, needs, open_engine
 from ddpm_deploy.errors import EngineBuildError
 from ddpm_deploy.files import whole_file
 from ddpm_deploy.noise import SeededNoise
-
-TOLERANCE = 2e-5
-"""Largest |engine - graph| over the largest |graph|: what float32 rounding explains."""
+from ddpm_deploy.parity import TOLERANCE, example_conditions, relative_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +98,7 @@ def _compare(graph: Engine, engine: Engine) -> float:
     for batch in (1, 3):
         x = SeededNoise(0, range(batch), spec.sample_shape)(0)
         t = np.linspace(spec.first_timestep, spec.schedule.T - 1, batch).astype(np.int64)
-        conditions: dict[str, Array] = {
-            c.name: np.zeros((batch, *c.shape), dtype=c.dtype) for c in spec.conditions
-        }
+        conditions = example_conditions(spec, batch)
         wanted = graph(x, t, **conditions)
-        difference = float(np.abs(engine(x, t, **conditions) - wanted).max())
-        worst = max(worst, difference / (float(np.abs(wanted).max()) or 1.0))
+        worst = max(worst, relative_error(engine(x, t, **conditions), wanted))
     return worst
