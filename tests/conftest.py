@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_deploy import Schedule
+from ddpm_deploy import Engine, Schedule, open_engine
 from ddpm_deploy.arrays import Samples, Timesteps
+from tests.support import tiny_spec, write_graph
 
 DATA = Path(__file__).parent / "data"
 
@@ -30,5 +31,10 @@ class GaussianPredictor:
 
 
 @pytest.fixture
-def data_folder() -> Path:
-    return DATA
+def engine(tmp_path: Path) -> Engine:
+    return open_engine(write_graph(tmp_path / "unet.onnx", tiny_spec()))
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Engine:
+    return open_engine(write_graph(tmp_path / "labelled.onnx", tiny_spec(classes=4)))

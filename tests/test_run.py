@@ -22,16 +22,6 @@ from tests.commands import contents
 from tests.support import tiny_spec, write_graph
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    return open_engine(write_graph(tmp_path / "unet.onnx", tiny_spec()))
-
-
-@pytest.fixture
-def labelled(tmp_path: Path) -> Engine:
-    return open_engine(write_graph(tmp_path / "labelled.onnx", tiny_spec(classes=4)))
-
-
 def draw(
     folder: Path,
     engine: Engine,

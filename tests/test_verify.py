@@ -46,16 +46,6 @@ class Faulty(Engine):
         return out
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    return open_engine(write_graph(tmp_path / "unet.onnx", tiny_spec()))
-
-
-@pytest.fixture
-def labelled(tmp_path: Path) -> Engine:
-    return open_engine(write_graph(tmp_path / "labelled.onnx", tiny_spec(classes=4)))
-
-
 def compare(
     reference: Engine, engine: Engine, recipe: Recipe | None = None, **settings: Any
 ) -> Comparison:
