@@ -1,0 +1,48 @@
+"""TensorRT and TensorRT-RTX: two modules with one programming interface."""
+
+from __future__ import annotations
+
+import importlib
+from importlib import util
+from types import ModuleType
+
+from ddpm_deploy.engines.plan import LABELS, Flavour
+from ddpm_deploy.errors import MissingDependencyError
+
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+
+
+def installed() -> list[Flavour]:
+    """Returns the flavours whose packages are there, without importing them."""
+    flavours: list[Flavour] = ["tensorrt", "tensorrt_rtx"]
+    return [flavour for flavour in flavours if util.find_spec(flavour) is not None]
+
+
+def load(flavour: Flavour) -> ModuleType:
+    """Imports a flavour.
+
+    Raises:
+        MissingDependencyError: It is not installed, or its libraries cannot be loaded.
+    """
+    label, extra = LABELS[flavour], EXTRAS[flavour]
+    try:
+        return importlib.import_module(flavour)
+    except ImportError as error:
+        if flavour not in installed():
+            raise MissingDependencyError(
+                f"{label} is needed here, and the module {flavour} is not installed.",
+                hint=_how_to_install(extra),
+            ) from error
+        raise MissingDependencyError(
+            f"{label} is installed, but cannot be loaded: {error}",
+            hint="See ddpm-deploy doctor.",
+        ) from error
+
+
+def _how_to_install(extra: str) -> str:
+    if extra == "rtx":
+        return "pip install 'ddpm-deploy[rtx]'"
+    return (
+        "pip install 'ddpm-deploy[tensorrt]'; on a Jetson it comes with JetPack: make the "
+        "environment with python3 -m venv --system-site-packages"
+    )

@@ -1,0 +1,246 @@
+"""The sidecar of a TensorRT plan: what the plan is, and where it runs.
+
+A plan has no room for metadata, and is executable code. So `unet.plan` comes with
+`unet.plan.json`, and no byte of a plan is loaded before its sidecar was compared with it and with
+the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ddpm_deploy.errors import EngineError
+from ddpm_deploy.files import sha256, write_text
+from ddpm_deploy.spec import ModelSpec
+
+FORMAT = 1
+
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+"""The Python module that builds and runs a plan; neither reads the other's."""
+
+LABELS: Mapping[str, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Profile:
+    """Batch sizes that a plan takes, and the one it is tuned for.
+
+    Attributes:
+        least: Smallest batch.
+        best: The batch it is fastest at.
+        most: Largest batch.
+
+    Raises:
+        ValueError: They are not 1 <= least <= best <= most.
+    """
+
+    least: int
+    best: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.best <= self.most:
+            raise ValueError(f"a profile is MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, not {self}")
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """Reads `1:8:32`, or `8` for a plan of that one batch."""
+        parts = text.split(":")
+        if len(parts) not in {1, 3} or not all(p.isascii() and p.isdecimal() for p in parts):
+            raise ValueError(f"a profile is MIN:OPT:MAX, such as 1:8:32, or one number, not {text}")
+        least, best, most = (int(p) for p in (parts if len(parts) == 3 else parts * 3))
+        return cls(least=least, best=best, most=most)
+
+    def __contains__(self, batch: int) -> bool:
+        return self.least <= batch <= self.most
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.best}:{self.most}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord:
+    """What `unet.plan.json` says.
+
+    Attributes:
+        spec: What the network is.
+        plan_sha256: Of the plan's bytes, in hexadecimal.
+        plan_bytes: Its size.
+        graph: Name of the ONNX file it was built from.
+        graph_sha256: Of that file.
+        flavour: `tensorrt` or `tensorrt_rtx`.
+        version: Of the flavour, in full: a plan loads in no other.
+        platform: `Linux x86_64`: system and processor it was built on.
+        device: Name of the GPU it was built on; empty for a plan that was built ahead of time.
+        compute_capabilities: Those it runs on, such as `8.6`; empty where the flavour's default
+            stands, which for TensorRT-RTX is Ampere and everything later.
+        profiles: Batches that it takes.
+        precision: `fp16`, `bf16` or `fp32`.
+        precision_groups: How many layers compute in what, and why: group to sentence.
+        fused_step: Whether the transition stands behind the network: inputs `row` and `z`, output
+            `x_s`.
+        hardware_compatible: Whether it runs on other GPUs than `device`.
+        version_compatible: Whether it runs in later versions than `version`.
+        options: The other build settings that were chosen, for the same build again.
+        memory: Estimated device memory of one call at the largest batch, in bytes.
+        seconds: How long the build took.
+        tool: The ddpm-deploy that built it.
+        command: What to type to build it again.
+    """
+
+    spec: ModelSpec
+    plan_sha256: str
+    plan_bytes: int
+    graph: str
+    graph_sha256: str
+    flavour: Flavour
+    version: str
+    platform: str
+    device: str
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    precision: str
+    precision_groups: Mapping[str, str] = field(default_factory=dict)
+    fused_step: bool = False
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    memory: int = 0
+    seconds: float = 0.0
+    tool: str = ""
+    command: str = ""
+
+    @property
+    def runtime(self) -> str:
+        """Flavour and version in words: `TensorRT-RTX 1.7.1.116`."""
+        return f"{LABELS[self.flavour]} {self.version}"
+
+    @property
+    def largest_batch(self) -> int:
+        """The most images that one call takes."""
+        return max(profile.most for profile in self.profiles)
+
+    def profile_for(self, batch: int) -> int | None:
+        """Returns the profile's number that suits a batch best, None where none takes it.
+
+        Of several, the one whose best batch is nearest.
+        """
+        fitting = [
+            (abs(profile.best - batch), number)
+            for number, profile in enumerate(self.profiles)
+            if batch in profile
+        ]
+        return min(fitting)[1] if fitting else None
+
+    def to_json(self) -> str:
+        """Returns the sidecar's text."""
+        plain = {**asdict(self), "spec": self.spec.to_dict()}
+        plain["profiles"] = [str(profile) for profile in self.profiles]
+        return json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"
+
+    def write(self, plan: Path) -> None:
+        """Writes the sidecar beside a plan, whole or not at all."""
+        write_text(sidecar(plan), self.to_json())
+
+
+def sidecar(plan: Path) -> Path:
+    """Returns the sidecar's path: `unet.plan.json` for `unet.plan`."""
+    return plan.with_name(plan.name + ".json")
+
+
+def read_record(plan: Path) -> PlanRecord:
+    """Reads a plan's sidecar and compares it with the plan's bytes, which it does not load.
+
+    Raises:
+        EngineError: Plan or sidecar is missing, damaged, of a later format, or they do not belong
+            together.
+    """
+    if not plan.is_file():
+        raise EngineError(
+            f"There is no file {plan}.", hint="Build it first: ddpm-deploy build --fp16"
+        )
+    path = sidecar(plan)
+    rebuild = f"Build it again: ddpm-deploy build --fp16 -o {plan}"
+    if not path.is_file():
+        raise EngineError(
+            f"{plan} has no sidecar {path.name}. A plan is executable code, and nothing says "
+            "what this one is.",
+            hint=f"Copy {path.name} along with the plan. {rebuild}",
+        )
+    record = _parse(path)
+    size = plan.stat().st_size
+    if size != record.plan_bytes:
+        raise EngineError(
+            f"{plan} has {size:,} bytes; its sidecar says {record.plan_bytes:,}. It was cut short, "
+            "or the sidecar belongs to another plan.",
+            hint=f"Copy both files again. {_again(record, rebuild)}",
+        )
+    digest = sha256(plan)
+    if digest != record.plan_sha256:
+        raise EngineError(
+            f"{plan} is not the plan of {path.name}: its SHA-256 is {digest[:12]}…, the sidecar "
+            f"says {record.plan_sha256[:12]}…. It was changed, or the sidecar belongs to another.",
+            hint=f"Copy both files again. {_again(record, rebuild)}",
+        )
+    return record
+
+
+def _again(record: PlanRecord, otherwise: str) -> str:
+    return f"Build it again: {record.command}" if record.command else otherwise
+
+
+def _parse(path: Path) -> PlanRecord:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data.pop("format")
+        if not isinstance(version, int):
+            raise TypeError("its format is no number")
+        if version > FORMAT:
+            raise EngineError(
+                f"{path} is of format {version}; this release reads formats up to {FORMAT}.",
+                hint="pip install --upgrade ddpm-deploy",
+            )
+        spec = ModelSpec.from_dict(data.pop("spec"), source=str(path))
+        profiles = tuple(Profile.parse(text) for text in data.pop("profiles"))
+        capabilities = _texts(data.pop("compute_capabilities"))
+        record = PlanRecord(spec=spec, profiles=profiles, compute_capabilities=capabilities, **data)
+        _check(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EngineError(
+            f"{path} is damaged ({error!r}), so nothing says what the plan beside it is.",
+            hint="Copy plan and sidecar again, or build them again: ddpm-deploy build --fp16",
+        ) from error
+    return record
+
+
+def _texts(value: Sequence[object]) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{value!r} is no list of texts")
+    return tuple(str(item) for item in value)
+
+
+def _check(record: PlanRecord) -> None:
+    """Raises TypeError or ValueError where a field is not what it must be."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "int": (int,),
+        "bool": (bool,),
+        "float": (int, float),
+    }
+    for name, kind in PlanRecord.__annotations__.items():
+        value = getattr(record, name)
+        wanted = kinds.get(kind)
+        if wanted and (
+            not isinstance(value, wanted) or (isinstance(value, bool) != (kind == "bool"))
+        ):
+            raise TypeError(f"{name} is {value!r}")
+        if kind.startswith("Mapping") and not isinstance(value, dict):
+            raise TypeError(f"{name} is {value!r}")
+    if record.flavour not in get_args(Flavour):
+        raise ValueError(f"flavour is {record.flavour!r}")
+    if not record.profiles:
+        raise ValueError("there is no profile")
