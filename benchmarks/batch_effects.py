@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpm_deploy import Engine, SeededNoise, open_engine
 from ddpm_deploy.arrays import Samples
-from ddpm_deploy.export import export_network
+from ddpm_deploy.export.to_onnx import export_network
 from ddpm_deploy.model import load_network
 
 IMAGES = 64

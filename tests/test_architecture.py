@@ -38,7 +38,9 @@ ARROWS = {
     "top": set[str](),
     "model": {"model"},
     "train": {"train", "model"},
-    "export": {"export", "model", "engines"},
+    "export": {"export"},
+    "export.check": {"export", "model", "engines"},
+    "export.to_onnx": {"export", "model", "engines"},
     "engines": {"engines"},
     "engines.base": {"engines"},
     "engines.pytorch": {"engines", "model"},
@@ -49,7 +51,9 @@ ROOMS_OF = {
     # What a room may import where its files begin.
     "model": {"torch"},
     "train": {"torch", "lightning_fabric"},
-    "export": {"torch", "onnx"},
+    "export": {"onnx"},  # the passes, which a device without torch runs
+    "export.check": {"torch"},
+    "export.to_onnx": {"torch", "onnx"},
     "engines.ort": {"onnxruntime"},
     "engines.pytorch": {"torch"},
     "engines.openvino": {"openvino"},
@@ -152,6 +156,19 @@ def python(code: str, *arguments: object) -> str:
     outcome = finish(start(*arguments, python=["-c", code]))
     assert outcome.code == 0, outcome
     return outcome.out
+
+
+def passes() -> list[str]:
+    """Returns the files of `export` that may need neither torch nor a runtime."""
+    exporters = {"export.check", "export.to_onnx"}
+    return [name for name, _ in files() if room(name) == "export" and name not in exporters]
+
+
+@pytest.mark.parametrize("name", passes())
+def test_a_graph_pass_needs_onnx_and_numpy_alone(name: str) -> None:
+    others = HEAVY - {"onnx"}
+    blocked = "".join(f"sys.modules[{package!r}] = None; " for package in sorted(others))
+    assert python(f"import sys; {blocked}import ddpm_deploy.{name}; print('imported')")
 
 
 @pytest.mark.parametrize("module", ["ddpm_deploy", "ddpm_deploy.cli.app"])

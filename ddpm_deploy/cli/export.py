@@ -46,7 +46,7 @@ def command(
     if output.suffix != ".onnx":
         raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
     with needs("torch", extra="export"):
-        from ddpm_deploy.export import export_network
+        from ddpm_deploy.export.to_onnx import export_network
         from ddpm_deploy.model import load_network
         from ddpm_deploy.model.checkpoint import Weights
     with needs("onnxruntime", extra="cpu"):

@@ -1,8 +1,5 @@
-"""A network as an ONNX file that was checked before it appears."""
+"""A network as an ONNX file that was checked before it appears, and passes over its graph.
 
-from __future__ import annotations
-
-from ddpm_deploy.export.check import Deviation, check_graph
-from ddpm_deploy.export.to_onnx import OPSETS, Exported, export_network
-
-__all__ = ["OPSETS", "Deviation", "Exported", "check_graph", "export_network"]
+`export.to_onnx` and `export.check` need torch; the passes, a file each, need onnx and NumPy alone,
+so that a device without torch can run them. Hence nothing is imported here.
+"""

@@ -11,7 +11,7 @@ from ddpm_deploy import Engine, open_engine
 from ddpm_deploy.engines.build import build_ort
 from ddpm_deploy.engines.pytorch import TorchEngine
 from ddpm_deploy.errors import EngineBuildError, EngineError
-from ddpm_deploy.export import export_network
+from ddpm_deploy.export.to_onnx import export_network
 from tests.support import tiny_network, tiny_spec, write_graph
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ddpm_deploy import open_engine
 from ddpm_deploy.engines.pytorch import TorchEngine
 from ddpm_deploy.errors import ExportError
-from ddpm_deploy.export import export_network, to_onnx
+from ddpm_deploy.export import to_onnx
+from ddpm_deploy.export.to_onnx import export_network
 from tests.support import tiny_network, tiny_spec
 
 

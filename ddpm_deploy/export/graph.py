@@ -1,0 +1,169 @@
+"""What the graph passes ask of an ONNX graph: who makes a tensor, who reads it, how large it is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper
+from onnx.defs import ONNX_DOMAIN
+
+from ddpm_deploy.errors import ExportError
+
+_BITS = {
+    name: bits
+    for bits, names in {
+        4: "INT4 UINT4 FLOAT4E2M1",
+        8: "BOOL INT8 UINT8 FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ FLOAT8E8M0",
+        16: "INT16 UINT16 FLOAT16 BFLOAT16",
+        32: "INT32 UINT32 FLOAT",
+        64: "INT64 UINT64 DOUBLE COMPLEX64",
+        128: "COMPLEX128",
+    }.items()
+    for name in names.split()
+}
+
+_SMALL = 1024
+"""Elements up to which shape inference looks into a constant: shapes, axes, sizes."""
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """What a tensor holds.
+
+    Attributes:
+        elem_type: A value of `onnx.TensorProto.DataType`.
+        shape: Its sizes; None where one of them is not known.
+    """
+
+    elem_type: int
+    shape: tuple[int, ...] | None
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes that it takes; None where its shape is not known."""
+        if self.shape is None:
+            return None
+        return (int(np.prod(self.shape, dtype=np.int64)) * element_bits(self.elem_type) + 7) // 8
+
+
+def element_bits(elem_type: int) -> int:
+    """Returns the bits of one element: 4 for the types that are packed two to a byte."""
+    return _BITS[onnx.TensorProto.DataType.Name(elem_type)]
+
+
+def is_op(node: onnx.NodeProto | None, *op_types: str) -> bool:
+    """Says whether this is a node, and one of these operators of the ONNX standard."""
+    return node is not None and node.op_type in op_types and node.domain in {"", ONNX_DOMAIN}
+
+
+def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """Returns the node that makes each tensor; inputs and initializers have none."""
+    return {name: node for node in graph.node for name in node.output if name}
+
+
+def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Returns the nodes that read each tensor, in order.
+
+    A node that reads a tensor twice is there twice; what a subgraph reads, the node that holds it
+    reads. What no node reads is missing, the graph's outputs too.
+    """
+    readers = defaultdict[str, list[onnx.NodeProto]](list)
+    for node in graph.node:
+        for name in _read_by(node):
+            readers[name].append(node)
+    return dict(readers)
+
+
+def _read_by(node: onnx.NodeProto) -> Iterator[str]:
+    yield from (name for name in node.input if name)
+    for attribute in node.attribute:
+        for subgraph in (attribute.g, *attribute.graphs):
+            for inner in subgraph.node:
+                yield from _read_by(inner)
+
+
+def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Returns the constant tensors by name: initializers, and the values of `Constant` nodes."""
+    found = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if is_op(node, "Constant") and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+    return found
+
+
+def tensor_types(model: onnx.ModelProto, *, batch: int) -> dict[str, TensorType]:
+    """Returns the element type and the shape of every tensor that has been given one.
+
+    The free first axes of the inputs become the batch, and ONNX infers the rest anew; what it
+    cannot infer is taken from what the file records. A tensor of neither has the shape None, or is
+    missing.
+
+    Args:
+        model: Left as it is. Its weights are not read.
+        batch: Samples, at least 1. An input whose first axis is a number keeps it.
+
+    Raises:
+        ExportError: The shapes contradict each other.
+    """
+    skeleton = _without_weights(model)
+    _bind_batch(skeleton.graph, batch)
+    recorded = {value.name: _type_of(value) for value in skeleton.graph.value_info}
+    del skeleton.graph.value_info[:]
+    try:
+        graph = onnx.shape_inference.infer_shapes(skeleton, strict_mode=True, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(
+            f"The shapes in this graph contradict each other: {' '.join(str(error).split())[:500]}",
+            hint="Write it anew with ddpm-deploy export.",
+        ) from error
+    types = recorded
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        inferred = _type_of(value)
+        if inferred.shape is not None or value.name not in recorded:
+            types[value.name] = inferred
+    for name, tensor in constants(model.graph).items():
+        types[name] = TensorType(tensor.data_type, tuple(tensor.dims))
+    return types
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copies a model; its weights become inputs, so that 2 GiB of them are no hindrance."""
+    copy = onnx.ModelProto(ir_version=model.ir_version)
+    copy.opset_import.extend(model.opset_import)
+    copy.functions.extend(model.functions)
+    graph = copy.graph
+    graph.name = model.graph.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(graph, field).extend(getattr(model.graph, field))
+    inputs = {value.name for value in graph.input}
+    for tensor in model.graph.initializer:
+        if np.prod(tensor.dims, dtype=np.int64) <= _SMALL:
+            graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            graph.input.append(value)
+    return copy
+
+
+def _bind_batch(graph: onnx.GraphProto, batch: int) -> None:
+    first = [value.type.tensor_type.shape.dim[:1] for value in graph.input]
+    symbols = {dim.dim_param for dims in first for dim in dims if dim.dim_param}
+    for dims in first:
+        for dim in dims:
+            if not dim.HasField("dim_value"):
+                dim.dim_value = batch
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in symbols:
+                dim.dim_value = batch
+
+
+def _type_of(value: onnx.ValueInfoProto) -> TensorType:
+    tensor = value.type.tensor_type
+    dims = tensor.shape.dim
+    known = tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in dims)
+    return TensorType(tensor.elem_type, tuple(dim.dim_value for dim in dims) if known else None)
