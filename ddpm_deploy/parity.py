@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ddpm_deploy.arrays import Array, Samples
@@ -13,6 +15,12 @@ TOLERANCE = 2e-5
 
 Runtimes differ from PyTorch, and PyTorch from itself with other threads, by up to 5e-6; the
 smallest structural mistake known, GELU by tanh, moves the output by 7e-5.
+"""
+
+BUDGETS: Mapping[str, float] = {"fp32": TOLERANCE, "fp16": 5e-3, "bf16": 4e-2}
+"""Largest `relative_error` of a network's output that a precision is given.
+
+For half precisions ten times the rounding of one number: 2⁻¹¹ for fp16, 2⁻⁸ for bf16.
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,41 @@ def optimise(graph: Path, output: Path, *, device: str = "auto") -> None:
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot optimise {graph}: {_first_line(error)}",
             hint=f"Run the graph itself: ddpm-deploy sample --engine {graph}",
+        ) from error
+
+
+def run_graph(
+    graph: Path,
+    feeds: Sequence[Mapping[str, Array]],
+    outputs: Sequence[str],
+    *,
+    threads: int | None = None,
+) -> list[list[Array]]:
+    """Runs any ONNX file on the CPU, spec or none, for what it computes inside.
+
+    Args:
+        graph: The file.
+        feeds: The inputs of each call, by name.
+        outputs: Names of the outputs that are wanted.
+        threads: As in `OrtEngine`.
+
+    Returns:
+        For each call the outputs, in the order of their names.
+
+    Raises:
+        EngineError: The graph cannot be loaded or run.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(str(graph), options, providers=[_CPU])
+        return [session.run(list(outputs), dict(call)) for call in feeds]
+    except Exception as error:
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} cannot run {graph.name}: {_first_line(error)}",
+            hint="Export the network again: ddpm-deploy export CHECKPOINT",
         ) from error
 
 
