@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import venv
 from dataclasses import replace
@@ -12,6 +14,7 @@ import pytest
 
 from ddpm_deploy.doctor import examine, machine, read_system, system
 from ddpm_deploy.doctor.jetson import read_jetson
+from ddpm_deploy.doctor.system import Cuda, Gpu
 from tests.machines import install, nothing, orin, write
 
 
@@ -36,6 +39,61 @@ def test_this_machines_packages_are_those_of_its_metadata() -> None:
             assert package.version == metadata.version(package.name)
     numpy = next(p for p in examine(here).packages if p.name == "numpy")
     assert numpy.version == metadata.version("numpy")
+
+
+DRIVER = """
+#include <string.h>
+#include <stddef.h>
+int cuInit(unsigned flags) { return INIT; }
+int cuGetErrorName(int error, const char **name) { *name = "CUDA_ERROR_NO_DEVICE"; return 0; }
+int cuDriverGetVersion(int *version) { *version = 12060; return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int number) { *device = 40 + number; return 0; }
+int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "Orin", size); return 0; }
+int cuDeviceTotalMem_v2(size_t *size, int device) { *size = 7990464512; return 0; }
+int cuDeviceGetAttribute(int *value, int which, int device) {
+    *value = which == 75 ? 8 : which == 76 ? 7 : which == 18 ? device == 41 : -1;
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("init", [0, 100])
+def test_the_cuda_driver_names_its_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: int
+) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler to make a driver with")
+    source = tmp_path / "driver.c"
+    source.write_text(DRIVER, encoding="utf-8")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", f"-DINIT={init}", source, "-o", library], check=True
+    )
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    cuda = read_system(runtimes=()).cuda
+    if init:
+        assert cuda == Cuda(error="cuInit gives CUDA_ERROR_NO_DEVICE (100)")
+    else:
+        first = Gpu(name="Orin", compute_capability="8.7", memory=7_990_464_512, integrated=False)
+        assert cuda == Cuda(version="12.6", gpus=(first, replace(first, integrated=True)))
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_the_one_that_nvidia_smi_names() -> None:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        pytest.skip("there is no nvidia-smi")
+    query = "--query-gpu=name,compute_cap,driver_version"
+    asked = subprocess.run(
+        [smi, query, "--format=csv,noheader"], capture_output=True, text=True, check=True
+    )
+    name, capability, driver = asked.stdout.splitlines()[0].split(", ")
+    here = read_system(runtimes=())
+    assert here.cuda.gpus[0].name == name
+    assert here.cuda.gpus[0].compute_capability == capability
+    assert here.driver in {driver, ""}  # WSL has no /proc/driver/nvidia
 
 
 @pytest.mark.parametrize(
