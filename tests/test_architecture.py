@@ -44,7 +44,8 @@ ARROWS = {
     "engines": {"engines"},
     "engines.base": {"engines"},
     "engines.pytorch": {"engines", "model"},
-    "cli": {"cli", "engines", "export", "model", "train"},
+    "doctor": {"doctor"},
+    "cli": {"cli", "doctor", "engines", "export", "model", "train"},
 }
 
 ROOMS_OF = {
@@ -63,7 +64,6 @@ INSIDE_FUNCTIONS = {
     # Deliberate: a file that only sometimes needs the package asks for it then.
     ("cli.export", "onnxruntime"): "the check needs it, and says so before the work",
     ("data", "sklearn"): "the digits",
-    ("doctor", "onnxruntime"): "its providers",
     ("model.checkpoint", "safetensors"): "files of that kind",
 }
 

@@ -96,7 +96,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr("ddpm_deploy.doctor.findings", fail)
+    monkeypatch.setattr("ddpm_deploy.doctor.examine", fail)
 
 
 def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ctrl_c_reaches_a_running_command() -> None:
     code = (
         "import time, ddpm_deploy.doctor as d\n"
-        "d.findings = lambda: (print('on', flush=True), time.sleep(60))\n"
+        "d.examine = lambda: (print('on', flush=True), time.sleep(60))\n"
         "from ddpm_deploy.cli.app import main; main()"
     )
     process = start("doctor", python=["-c", code])

@@ -1,0 +1,157 @@
+"""What the commands can do on a machine, and what to install for those that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ddpm_deploy.doctor.findings import (
+    has_cuda_provider,
+    is_foreign_onnxruntime,
+    tensorrt_findings,
+)
+from ddpm_deploy.doctor.system import System
+
+PLAN_PACKAGES = ("polygraphy", "cuda-bindings")
+EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
+TRAIN_PACKAGES = ("torch", "lightning-fabric", "tensorboard")
+# Compute capabilities in NVIDIA's support matrices of TensorRT-RTX.
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+JETPACK_TENSORRT = "sudo apt install nvidia-jetpack && pip install polygraphy cuda-bindings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ability:
+    """What a command can do here.
+
+    Attributes:
+        command: The command, in the words that are typed.
+        ok: Whether it works.
+        detail: With what, or for want of what it does not.
+        fix: What to type to get it; empty where it works.
+    """
+
+    command: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+def abilities(system: System) -> Iterator[Ability]:
+    """Yields what each command can do."""
+    onnxruntime = system.runs("onnxruntime")
+    yield _export(system, onnxruntime)
+    yield _onnx(system, "build", "float32, for ONNX Runtime", onnxruntime)
+    yield _build_plan(system)
+    yield _onnx(system, "sample -e unet.onnx", "ONNX Runtime", onnxruntime)
+    yield _sample_plan(system)
+    yield _needing(system, "sample -e model.pt", ("torch",), "export")
+    yield _needing(system, "train", TRAIN_PACKAGES, "train")
+
+
+def _export(system: System, onnxruntime: str) -> Ability:
+    if onnxruntime:
+        return _needing(system, "export", EXPORT_PACKAGES, "export")
+    # The graph is checked in ONNX Runtime; a second wheel of it would break the first.
+    extra = f"export,{_onnxruntime_extra(system)}"
+    return _needing(system, "export", (*EXPORT_PACKAGES, "onnxruntime"), extra)
+
+
+def _onnxruntime_extra(system: System) -> str:
+    return "gpu" if system.cuda.gpus and system.jetson is None else "cpu"
+
+
+def _needing(system: System, command: str, names: tuple[str, ...], extra: str) -> Ability:
+    missing = [name for name in names if name not in system.distributions]
+    if missing:
+        return Ability(
+            command=command,
+            ok=False,
+            detail="needs " + ", ".join(missing),
+            fix=f"pip install 'ddpm-deploy[{extra}]'",
+        )
+    torch = system.distributions.get("torch")
+    return Ability(command=command, ok=True, detail=f"torch {torch.version}" if torch else "")
+
+
+def _onnx(system: System, command: str, what: str, version: str) -> Ability:
+    if not version:
+        return Ability(
+            command=command,
+            ok=False,
+            detail="needs onnxruntime",
+            fix=f"pip install 'ddpm-deploy[{_onnxruntime_extra(system)}]'",
+        )
+    where = "the CPU"
+    if has_cuda_provider(system) and system.cuda.gpus and not is_foreign_onnxruntime(system):
+        where = f"{system.cuda.gpus[0].name} through CUDA, or the CPU"
+    return Ability(command=command, ok=True, detail=f"{what} {version}, on {where}")
+
+
+def _build_plan(system: System) -> Ability:
+    plans = [*_tensorrt_plans(system), *_rtx_plans(system)]
+    if plans and "polygraphy" in system.distributions:
+        return Ability(command="build --fp16", ok=True, detail="; ".join(plans))
+    return Ability(
+        command="build --fp16",
+        ok=False,
+        detail="needs polygraphy" if plans else _no_plan(system),
+        fix="pip install polygraphy" if plans else _plan_fix(system),
+    )
+
+
+def _sample_plan(system: System) -> Ability:
+    plans = _tensorrt_plans(system) + (_rtx_plans(system) if system.cuda.gpus else [])
+    if plans and "cuda-bindings" in system.distributions:
+        return Ability(command="sample -e unet.plan", ok=True, detail="; ".join(plans))
+    if plans:
+        detail, fix = "needs cuda-bindings", "pip install cuda-bindings"
+    elif system.cuda.gpus:
+        detail, fix = _no_plan(system), _plan_fix(system)
+    else:
+        detail, fix = "needs an NVIDIA GPU with its driver, and TensorRT", ""
+    return Ability(command="sample -e unet.plan", ok=False, detail=detail, fix=fix)
+
+
+def _tensorrt_plans(system: System) -> list[str]:
+    version = system.runs("tensorrt")
+    if not version or not system.cuda.gpus or list(tensorrt_findings(system)):
+        return []
+    gpu = system.cuda.gpus[0]
+    return [f"TensorRT {version}, for {gpu.name} (compute capability {gpu.compute_capability})"]
+
+
+def _rtx_plans(system: System) -> list[str]:
+    version = system.runs("tensorrt_rtx")
+    if not version or system.jetson is not None:  # NVIDIA lists no Jetson for TensorRT-RTX
+        return []
+    plan = f"TensorRT-RTX {version}, for GeForce and RTX GPUs"
+    for gpu in system.cuda.gpus[:1]:
+        if gpu.compute_capability not in RTX_CAPABILITIES:
+            plan += f"; NVIDIA does not list compute capability {gpu.compute_capability} for it"
+    return [plan if system.cuda.gpus else f"{plan} elsewhere, ahead of time"]
+
+
+def _no_plan(system: System) -> str:
+    if list(tensorrt_findings(system)):
+        return "there is a TensorRT, which does not work: see below"
+    version = system.runs("tensorrt")
+    if version and not system.cuda.gpus:
+        return f"TensorRT {version} builds only where its GPU is, and CUDA does not start"
+    if system.jetson is not None:
+        return "needs TensorRT, which comes with JetPack"
+    if system.cuda.gpus:
+        return "needs TensorRT: [tensorrt], or [rtx] for a GeForce or RTX GPU"
+    return (
+        "needs TensorRT: [rtx] builds here, ahead of time, for GeForce and RTX GPUs; [tensorrt] "
+        "builds where its GPU is; a Jetson has JetPack's"
+    )
+
+
+def _plan_fix(system: System) -> str:
+    if list(tensorrt_findings(system)):
+        return ""
+    if system.jetson is not None:
+        return JETPACK_TENSORRT
+    extra = "tensorrt" if system.cuda.gpus else "rtx"
+    return f"pip install 'ddpm-deploy[{extra}]'"
