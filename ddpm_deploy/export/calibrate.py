@@ -143,7 +143,7 @@ def calibrate(
     )
 
 
-def sampled(engine: Engine, steps: int, images: int) -> list[Call]:
+def sampled(engine: Engine, steps: int, images: int, *, seed: int = 0) -> list[Call]:
     """Returns the calls of a short sampling loop, DDIM over timesteps from last to first."""
     spec = engine.spec
     conditions = example_conditions(spec, images)
@@ -155,7 +155,7 @@ def sampled(engine: Engine, steps: int, images: int) -> list[Call]:
         return calls[-1].out
 
     table = spec.table("ddim", min(steps, spec.schedule.T), spacing="linspace")
-    for _ in denoise(predict, table, SeededNoise(0, range(images), spec.sample_shape)):
+    for _ in denoise(predict, table, SeededNoise(seed, range(images), spec.sample_shape)):
         pass
     return calls
 
