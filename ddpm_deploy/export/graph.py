@@ -73,17 +73,18 @@ def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     """
     readers = defaultdict[str, list[onnx.NodeProto]](list)
     for node in graph.node:
-        for name in _read_by(node):
+        for name in reads(node):
             readers[name].append(node)
     return dict(readers)
 
 
-def _read_by(node: onnx.NodeProto) -> Iterator[str]:
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Yields the tensors that a node reads, those that its subgraphs read among them."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
         for subgraph in (attribute.g, *attribute.graphs):
             for inner in subgraph.node:
-                yield from _read_by(inner)
+                yield from reads(inner)
 
 
 def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
