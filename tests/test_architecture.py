@@ -39,6 +39,7 @@ ARROWS = {
     "model": {"model"},
     "train": {"train", "model"},
     "export": {"export"},
+    "export.calibrate": {"export", "engines"},
     "export.check": {"export", "model", "engines"},
     "export.to_onnx": {"export", "model", "engines"},
     "engines": {"engines"},
