@@ -8,7 +8,8 @@ error is beyond the budget, so does the product that adds most to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.engines import open_engine
 from ddpm_deploy.engines.base import Engine, needs
 from ddpm_deploy.errors import ExportError
+from ddpm_deploy.export.attention import split_queries
 from ddpm_deploy.export.graph import constants
 from ddpm_deploy.export.precision import (
     LARGEST,
@@ -38,6 +40,9 @@ from ddpm_deploy.sampling import denoise
 
 HEADROOM = 2.0
 """How much larger than measured a value may become before it overflows."""
+
+ATTENTION_BYTES = 2**26
+"""What one matrix of attention may take while a graph is tried."""
 
 SMALLEST_PEAK = 2.0**-13
 """Below this, fp16's absolute spacing of 2⁻²⁴ is coarser than its relative 2⁻¹¹."""
@@ -112,7 +117,10 @@ def calibrate(
     model = onnx.load(graph)
     if recorded(model) is not None:
         return Calibrated(mixed=convert(model, precision), budget=allowed)
-    with open_engine(graph, device="cpu", threads=threads) as engine:
+    with (
+        _written(_small(model, images)) as path,
+        open_engine(path, device="cpu", threads=threads) as engine,
+    ):
         calls = sampled(engine, steps, images) if data is None else noised(engine, data, steps)
     if not all(np.isfinite(call.out).all() for call in calls):
         raise ExportError(
@@ -208,7 +216,7 @@ class _Trial:
     def errors(self, keep: Mapping[str, str]) -> dict[int, float]:
         """Returns the error by timestep with these operators in float32."""
         model = rounded(convert(self.model, self.precision, keep=keep).model)
-        outs = self._run(model, ["out"])
+        outs = self._run(_small(model, len(self.calls[0].out)), ["out"])
         return {
             int(call.feeds["t"][0]): float(np.nan_to_num(relative_error(out, call.out), nan=np.inf))
             for call, (out,) in zip(self.calls, outs, strict=True)
@@ -262,9 +270,21 @@ class _Trial:
     def _run(self, model: onnx.ModelProto, outputs: Sequence[str]) -> list[list[Array]]:
         with needs("onnxruntime", extra="cpu"):
             from ddpm_deploy.engines.ort import run_graph  # noqa: PLC0415
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "graph.onnx"
-            large = model.ByteSize() >= 2**31 - 2**25
-            onnx.save_model(model, path, save_as_external_data=large)
+        with _written(model) as path:
             feeds = [call.feeds for call in self.calls]
             return run_graph(path, feeds, outputs, threads=self.threads)
+
+
+@contextmanager
+def _written(model: onnx.ModelProto) -> Iterator[Path]:
+    """Gives a file of a model while it is needed."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        large = model.ByteSize() >= 2**31 - 2**25
+        onnx.save_model(model, path, save_as_external_data=large)
+        yield path
+
+
+def _small(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """Returns the same function with attention's matrices cut: quicker on a CPU, and smaller."""
+    return split_queries(model, batch=batch, limit_bytes=ATTENTION_BYTES).model
