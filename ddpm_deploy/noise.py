@@ -11,7 +11,10 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +39,8 @@ class SeededNoise:
     Example:
         `SeededNoise(7, range(16), (3, 32, 32))(0)` is x_T, float32 (16, 3, 32, 32); `(k)` is the
         noise of the k-th transition, the noisiest being the first.
+
+    Several threads may draw from it at once.
     """
 
     def __init__(self, seed: int, images: Sequence[int], shape: Sequence[int]) -> None:
@@ -45,7 +50,6 @@ class SeededNoise:
         self.seed = seed
         self.images = images
         self.shape = tuple(shape)
-        self._philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
 
     def __call__(self, step: int) -> Samples:
         """Draws the noise of one step.
@@ -58,15 +62,17 @@ class SeededNoise:
         """
         draws = np.empty((len(self.images), *self.shape), dtype=np.float32)
         size = math.prod(self.shape)
+        philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))  # its state is this call's own
         for row, image in enumerate(self.images):
-            draws[row] = _box_muller(self._bits(image, step, size + size % 2))[:size].reshape(
-                self.shape
-            )
+            bits = self._bits(philox, image, step, size + size % 2)
+            draws[row] = _box_muller(bits)[:size].reshape(self.shape)
         return draws
 
-    def _bits(self, image: int, step: int, count: int) -> NDArray[np.uint64]:
+    def _bits(
+        self, philox: np.random.Philox, image: int, step: int, count: int
+    ) -> NDArray[np.uint64]:
         # The counter's low words count blocks within a draw, a higher word the steps.
-        self._philox.state = {
+        philox.state = {
             "bit_generator": "Philox",
             "state": {
                 "counter": np.array([0, 0, step, 0], dtype=np.uint64),
@@ -77,7 +83,54 @@ class SeededNoise:
             "has_uint32": 0,
             "uinteger": 0,
         }
-        return self._philox.random_raw(count)
+        return philox.random_raw(count)
+
+
+class Ahead:
+    """Noise that is drawn in threads, ahead of the loop that asks for it: the same numbers, sooner.
+
+    While step k runs, the noise of the next steps is drawn. A context: at its end, also after an
+    error or Ctrl-C, what was not asked for is dropped and the threads have ended.
+
+    Args:
+        noise: Draws for a step number, from any thread; `SeededNoise` does.
+        steps: The steps that will be asked for, in order. Others are drawn when they are asked for.
+        threads: How many draw at once, each a step of its own; 0 draws in the caller's.
+    """
+
+    def __init__(
+        self, noise: Callable[[int], Samples], steps: Sequence[int], *, threads: int = 1
+    ) -> None:
+        self._noise = noise
+        self._steps = iter(steps)
+        self._drawn: dict[int, Future[Samples]] = {}
+        self._pool = ThreadPoolExecutor(threads, "noise") if threads else None
+        self._begin(threads)
+
+    def __call__(self, step: int) -> Samples:
+        """Gives the noise of one step, as `noise` itself would."""
+        future = self._drawn.pop(step, None)
+        if future is None:
+            return self._noise(step)
+        self._begin(1)
+        return future.result()
+
+    def _begin(self, count: int) -> None:
+        if self._pool is not None:
+            for step in islice(self._steps, count):
+                self._drawn[step] = self._pool.submit(self._noise, step)
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _box_muller(bits: NDArray[np.uint64]) -> NDArray[np.float64]:

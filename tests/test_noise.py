@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ddpm_deploy import SeededNoise
-from ddpm_deploy.noise import SCHEME
+from ddpm_deploy.arrays import Samples
+from ddpm_deploy.noise import SCHEME, Ahead
 
 SHAPE = (3, 8, 8)
 RECORDED = [-0.147127926, 0.50211215, -1.09110105, 0.737587035]
@@ -161,3 +163,40 @@ def test_a_seed_outside_of_64_bits_is_refused(seed: int) -> None:
         SeededNoise(seed, [0], SHAPE)
     with pytest.raises(ValueError, match=rf"the image index is {seed}; it must lie in"):
         SeededNoise(0, [1, seed], SHAPE)
+
+
+# --- Ahead of the loop ---
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_noise_drawn_ahead_is_the_same_noise(threads: int) -> None:
+    noise = SeededNoise(5, range(3), SHAPE)
+    with Ahead(noise, range(1, 9), threads=threads) as ahead:
+        for k in (*range(1, 9), 0, 3):  # those that were announced, and others
+            np.testing.assert_array_equal(ahead(k), noise(k))
+
+
+def test_the_next_step_is_drawn_before_it_is_asked_for_and_no_more_than_that() -> None:
+    drawn: list[int] = []
+    second = threading.Event()
+
+    def noise(step: int) -> Samples:
+        drawn.append(step)
+        if step == 2:
+            second.set()
+        return np.full((1, 1), step, dtype=np.float32)
+
+    with Ahead(noise, range(1, 9)) as ahead:
+        assert ahead(1) == 1
+        assert second.wait(timeout=60)
+    assert drawn == [1, 2]
+
+
+def test_an_error_while_drawing_ahead_is_the_caller_s() -> None:
+    def noise(step: int) -> Samples:
+        raise MemoryError(f"step {step}")
+
+    before = threading.active_count()
+    with pytest.raises(MemoryError, match="step 2"), Ahead(noise, [2, 3]) as ahead:
+        ahead(2)
+    assert threading.active_count() == before
