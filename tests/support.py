@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from ddpm_deploy import ModelSpec, linear
+from ddpm_deploy.export.fuse_step import fuse_file
 from ddpm_deploy.model import UNet, UNetWidths
 from ddpm_deploy.model.families import label_condition
 from ddpm_deploy.spec import METADATA_KEY
@@ -97,4 +98,10 @@ def write_state_dict(path: Path, *, channels: int = 3, classes: int = 0, prefix:
     """Writes a bare state dict, as dome272's code does."""
     state = tiny_network(channels=channels, classes=classes).state_dict()
     torch.save({prefix + key: value for key, value in state.items()}, path)
+    return path
+
+
+def write_fused(path: Path, spec: ModelSpec, *, bias: float = 0.0) -> Path:
+    """Writes the graph of `write_graph` with its step fused."""
+    fuse_file(write_graph(path, spec, bias=bias), path)
     return path

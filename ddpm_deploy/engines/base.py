@@ -13,6 +13,7 @@ import numpy as np
 
 from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.errors import EngineError, EngineInputError, MissingDependencyError
+from ddpm_deploy.sampling import Transition
 from ddpm_deploy.spec import ModelSpec
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -27,11 +28,13 @@ class Engine(ABC):
         spec: What the network is.
         name: The runtime and device, for tables: `onnxruntime CPU`.
         path: The file it came from.
+        fused: Whether the sampler's step is fused behind the network, so that it has a `stepper`.
     """
 
     spec: ModelSpec
     name: str
     path: Path
+    fused: bool = False
 
     def __call__(self, x: Samples, t: Timesteps, **conditions: Array) -> Samples:
         """Runs the network once.
@@ -49,14 +52,35 @@ class Engine(ABC):
                 missing or unknown.
             EngineError: The runtime failed, or gave another shape.
         """
+        n = self.check(x, t, conditions)
+        out = self._run({"x": x, "t": t, **conditions})
+        if out.shape != (n, *self.spec.output_shape):
+            raise EngineError(
+                f"{self.path} gives {out.shape}; its spec says {(n, *self.spec.output_shape)}.",
+                hint="Export the network again: ddpm-deploy export CHECKPOINT",
+            )
+        return out
+
+    def stepper(self, n: int) -> Stepper:
+        """Returns the loop's state for n samples, kept where the runtime computes.
+
+        Args:
+            n: Samples at once, at least 1.
+
+        Raises:
+            EngineError: The step is not fused behind this network, or the runtime failed.
+        """
+        raise EngineError(
+            f"{self.path} has no fused step, so {n} samples cannot stay with its runtime.",
+            hint="Build one: ddpm-deploy build unet.onnx --fuse-step",
+        )
+
+    def check(self, x: Samples, t: Timesteps, conditions: Mapping[str, Array]) -> int:
+        """Returns the number of samples of what `__call__` takes; errors as there."""
         n = self._check("x", x, "float32", self.spec.sample_shape, None)
         self._check("t", t, "int64", (), n)
         if t.min() < 0 or t.max() >= self.spec.schedule.T:
-            raise EngineInputError(
-                f"t is {t.min()}..{t.max()}; this network has timesteps "
-                f"0..{self.spec.schedule.T - 1}.",
-                hint="Make the table from engine.spec: its schedule is the network's own.",
-            )
+            raise self._outside(int(t.min()), int(t.max()))
         wanted = {c.name: c for c in self.spec.conditions}
         if wanted.keys() != conditions.keys():
             raise EngineInputError(
@@ -78,13 +102,38 @@ class Engine(ABC):
                         f"this network has labels 0..{condition.classes - 1}{none}.",
                         hint="Give int64 labels of the classes that the network was trained with.",
                     )
-        out = self._run({"x": x, "t": t, **conditions})
-        if out.shape != (n, *self.spec.output_shape):
-            raise EngineError(
-                f"{self.path} gives {out.shape}; its spec says {(n, *self.spec.output_shape)}.",
-                hint="Export the network again: ddpm-deploy export CHECKPOINT",
+        return n
+
+    def check_start(self, x: Samples, conditions: Mapping[str, Array], n: int) -> None:
+        """Checks what a stepper of n samples starts with.
+
+        Raises:
+            EngineInputError: An array does not fit, or a condition is missing or unknown.
+        """
+        self._check("x", x, "float32", self.spec.sample_shape, n)
+        self.check(x, np.zeros(n, dtype=np.int64), conditions)
+
+    def check_step(self, row: Transition, z: Samples | None, n: int) -> None:
+        """Checks what a stepper of n samples is given for a step.
+
+        Raises:
+            EngineInputError: The timestep is not the network's, `z` has another shape or is
+                missing, or the row takes a learned variance that the network does not give.
+        """
+        if not 0 <= row.t < self.spec.schedule.T:
+            raise self._outside(row.t, row.t)
+        if z is not None:
+            self._check("z", z, "float32", self.spec.sample_shape, n)
+        elif row.x_from_noise:
+            raise EngineInputError(
+                f"The step at t = {row.t} adds noise, and z is None.",
+                hint="Draw it: z = noise(k), with SeededNoise.",
             )
-        return out
+        if row.log_std is not None and self.spec.output_shape == self.spec.sample_shape:
+            raise EngineInputError(
+                f"The table needs a learned variance; {self.path} gives none.",
+                hint="Make the table from engine.spec.",
+            )
 
     @abstractmethod
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
@@ -108,6 +157,12 @@ class Engine(ABC):
     ) -> None:
         self.close()
 
+    def _outside(self, least: int, most: int) -> EngineInputError:
+        return EngineInputError(
+            f"t is {least}..{most}; this network has timesteps 0..{self.spec.schedule.T - 1}.",
+            hint="Make the table from engine.spec: its schedule is the network's own.",
+        )
+
     def _check(
         self, name: str, value: Array, dtype: str, shape: tuple[int, ...], n: int | None
     ) -> int:
@@ -128,6 +183,62 @@ class Engine(ABC):
                 hint="Check that the engine was exported for these samples.",
             )
         return int(value.shape[0])
+
+
+class Stepper(ABC):
+    """The loop's state for a batch, kept where the runtime computes: x goes in once, out once.
+
+    `Engine.stepper` makes one. It is used by one thread, and before its engine is closed.
+    """
+
+    @abstractmethod
+    def start(self, x: Samples, conditions: Mapping[str, Array]) -> None:
+        """Makes x the state; may be called again for another batch of the same size.
+
+        Args:
+            x: float32, (N, *sample_shape).
+            conditions: By name, as for `Engine.__call__`.
+
+        Raises:
+            EngineInputError: An array does not fit.
+        """
+
+    @abstractmethod
+    def step(self, row: Transition, z: Samples | None) -> None:
+        """Takes x_t to x_s; the runtime may only note it, and work later.
+
+        Args:
+            row: What to do.
+            z: float32, (N, *sample_shape): noise, not written to, and copied or used up before this
+                returns; None where the row adds none.
+
+        Raises:
+            EngineInputError: The row or `z` does not fit.
+            EngineError: The runtime failed.
+        """
+
+    @abstractmethod
+    def read(self) -> Samples:
+        """Waits for what was begun; returns the state: float32, (N, *sample_shape), a copy.
+
+        Raises:
+            EngineError: The runtime failed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back what it holds; it cannot be used afterwards. Once more does nothing."""
+
+    def __enter__(self) -> Stepper:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def open_engine(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import numpy as np
 import onnxruntime as ort
 
 from ddpm_deploy.arrays import Array, Samples
-from ddpm_deploy.engines.base import Engine
+from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.errors import EngineError, SpecError
+from ddpm_deploy.fused import COLUMNS, is_fused, row_of
+from ddpm_deploy.fused import METADATA_KEY as STEP_KEY
+from ddpm_deploy.sampling import Transition
 from ddpm_deploy.spec import METADATA_KEY, ModelSpec
 
 _CUDA = "CUDAExecutionProvider"
@@ -61,23 +65,112 @@ class OrtEngine(Engine):
                 hint="Check the driver and CUDA libraries (ddpm-deploy doctor), or type "
                 "--device cpu.",
             )
-        self.name = f"onnxruntime {'CUDA' if active == _CUDA else 'CPU'}"
+        self._device = "cuda" if active == _CUDA else "cpu"
+        self.name = f"onnxruntime {self._device.upper()}"
         self.spec = _read_spec(self._session, path)
-        _check_inputs(self._session, self.spec, path)
+        step = self._session.get_modelmeta().custom_metadata_map.get(STEP_KEY)
+        self.fused = is_fused(step, source=str(path))
+        _check_inputs(self._session, self.spec, path, fused=self.fused)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
-        try:
-            (out,) = self._session.run(None, dict(feeds))
-        except Exception as error:
-            raise EngineError(
-                f"ONNX Runtime failed on a batch of {len(feeds['x'])}: {_first_line(error)}",
-                hint="If it ran out of memory, type a smaller --batch.",
-            ) from error
+        fed = dict(feeds)
+        if self.fused:  # a step of zeros, which nobody reads
+            fed |= {"row": np.zeros(len(COLUMNS), np.float32), "z": np.zeros_like(fed["x"])}
+        with _running(len(fed["x"])):
+            (out,) = self._session.run(["out"], fed)
         return np.asarray(out, dtype=np.float32)
+
+    def stepper(self, n: int) -> Stepper:
+        """Returns the loop's state for n samples; errors as in `Engine.stepper`."""
+        if not self.fused:
+            return super().stepper(n)
+        return OrtStepper(self, self._session, self._device, n)
 
     def describe(self) -> dict[str, Any]:
         """Returns what identifies the runtime, for reports."""
         return {**super().describe(), "runtime": f"onnxruntime {ort.__version__}"}
+
+
+class OrtStepper(Stepper):
+    """The state in tensors on the session's device: two of them, in turns x_t and x_s.
+
+    Args:
+        engine: What it steps; its file is fused.
+        session: The engine's.
+        device: ONNX Runtime's word for where the tensors lie: `cpu` or `cuda`.
+        n: Samples.
+
+    Raises:
+        EngineError: There is no memory for the tensors.
+    """
+
+    def __init__(self, engine: OrtEngine, session: Any, device: str, n: int) -> None:
+        self._engine, self._session, self._n = engine, session, n
+        spec = engine.spec
+        samples = (n, *spec.sample_shape)
+        with _running(n):
+            self._fed = {
+                "t": _tensor((n,), "int64", device),
+                "row": _tensor((len(COLUMNS),), "float32", device),
+                "z": _tensor(samples, "float32", device),
+                **{c.name: _tensor((n, *c.shape), c.dtype, device) for c in spec.conditions},
+            }
+            first, second = (_tensor(samples, "float32", device) for _ in range(2))
+            self._turns = [self._bind(first, second), self._bind(second, first)]
+        self._states = [first, second]
+
+    def start(self, x: Samples, conditions: Mapping[str, Array]) -> None:
+        """Makes x the state."""
+        self._engine.check_start(x, conditions, self._n)
+        self._states[0].update_inplace(x)
+        for name, value in conditions.items():
+            self._fed[name].update_inplace(value)
+
+    def step(self, row: Transition, z: Samples | None) -> None:
+        """Takes x_t to x_s, and returns when it is there."""
+        self._engine.check_step(row, z, self._n)
+        self._fed["t"].update_inplace(np.full(self._n, row.t, np.int64))
+        self._fed["row"].update_inplace(row_of(row))
+        if z is not None:  # what lies there otherwise is finite, and its factor 0
+            self._fed["z"].update_inplace(z)
+        with _running(self._n):
+            self._session.run_with_iobinding(self._turns[0])
+        self._turns.reverse()
+        self._states.reverse()
+
+    def read(self) -> Samples:
+        """Returns a copy of the state."""
+        with _running(self._n):
+            return np.array(self._states[0].numpy(), dtype=np.float32)
+
+    def close(self) -> None:
+        """Gives back the tensors."""
+        self._turns, self._states, self._fed = [], [], {}
+
+    def _bind(self, x_t: Any, x_s: Any) -> Any:
+        binding = self._session.io_binding()
+        for name, tensor in {"x": x_t, **self._fed}.items():
+            binding.bind_ortvalue_input(name, tensor)
+        binding.bind_ortvalue_output("x_s", x_s)
+        return binding
+
+
+def _tensor(shape: tuple[int, ...], dtype: str, device: str) -> Any:
+    tensor = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), device)
+    tensor.update_inplace(np.zeros(shape, dtype))
+    return tensor
+
+
+@contextmanager
+def _running(n: int) -> Iterator[None]:
+    """Turns what ONNX Runtime raises on a batch of n into an `EngineError`."""
+    try:
+        yield
+    except Exception as error:  # its errors have no common class
+        raise EngineError(
+            f"ONNX Runtime failed on a batch of {n}: {_first_line(error)}",
+            hint="If it ran out of memory, type a smaller --batch.",
+        ) from error
 
 
 def optimise(graph: Path, output: Path, *, device: str = "auto") -> None:
@@ -168,11 +261,16 @@ def _read_spec(session: Any, path: Path) -> ModelSpec:
     return ModelSpec.from_json(text, source=str(path))
 
 
-def _check_inputs(session: Any, spec: ModelSpec, path: Path) -> None:
-    """Compares the graph's inputs with what the spec says; the first axis is the batch."""
-    wanted = {"x": _input("float32", spec.sample_shape), "t": _input("int64", ())}
-    wanted |= {c.name: _input(c.dtype, c.shape) for c in spec.conditions}
-    given = {i.name: (i.type, (*i.shape[1:],)) for i in session.get_inputs()}
+def _check_inputs(session: Any, spec: ModelSpec, path: Path, *, fused: bool) -> None:
+    """Compares the graph's inputs with what the spec says; N is the batch, free or not."""
+    wanted = {"x": _input("float32", "N", *spec.sample_shape), "t": _input("int64", "N")}
+    wanted |= {c.name: _input(c.dtype, "N", *c.shape) for c in spec.conditions}
+    if fused:
+        wanted |= {"row": _input("float32", len(COLUMNS)), "z": wanted["x"]}
+    given = {
+        i.name: (i.type, tuple(i.shape) if fused and i.name == "row" else ("N", *i.shape[1:]))
+        for i in session.get_inputs()
+    }
     if given != wanted:
         raise SpecError(
             f"{path} has the inputs {_listed(given)}, but its spec says {_listed(wanted)}.",
@@ -180,14 +278,14 @@ def _check_inputs(session: Any, spec: ModelSpec, path: Path) -> None:
         )
 
 
-def _input(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+def _input(dtype: str, *shape: int | str) -> tuple[str, tuple[int | str, ...]]:
     names = {"float32": "float", "float64": "double"}  # ONNX Runtime's words
     return f"tensor({names.get(dtype, dtype)})", shape
 
 
-def _listed(inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+def _listed(inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> str:
     return ", ".join(
-        f"{name} {kind} ({', '.join(['N', *map(str, shape)])})"
+        f"{name} {kind} ({', '.join(map(str, shape))})"
         for name, (kind, shape) in sorted(inputs.items())
     )
 

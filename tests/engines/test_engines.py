@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
-from ddpm_deploy import Engine, open_engine
+from ddpm_deploy import Engine, SeededNoise, denoise, open_engine
 from ddpm_deploy.engines.build import build_ort
 from ddpm_deploy.engines.pytorch import TorchEngine
-from ddpm_deploy.errors import EngineBuildError, EngineError
+from ddpm_deploy.errors import EngineBuildError, EngineError, EngineInputError, SpecError
 from ddpm_deploy.export.to_onnx import export_network
-from tests.support import tiny_network, tiny_spec, write_graph
+from ddpm_deploy.fused import METADATA_KEY, step_to_json
+from tests.support import tiny_network, tiny_spec, write_fused, write_graph
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +98,78 @@ def test_a_build_never_overwrites_its_graph(exported: Path) -> None:
     with pytest.raises(EngineBuildError, match="would overwrite the graph"):
         build_ort(exported, exported)
     assert exported.read_bytes() == before
+
+
+# --- The state with the runtime ---
+
+
+@pytest.fixture
+def fused(tmp_path: Path) -> Engine:
+    return open_engine(write_fused(tmp_path / "fused.onnx", tiny_spec(classes=3)))
+
+
+def test_a_stepper_s_steps_are_those_of_the_loop(fused: Engine) -> None:
+    table = fused.spec.table()
+    noise = SeededNoise(0, range(3), (1, 8, 8))
+    y = np.array([0, 1, 3])
+    with fused.stepper(3) as stepper:
+        for _ in range(2):  # a stepper starts as often as it is asked
+            stepper.start(noise(0), {"y": y})
+            np.testing.assert_array_equal(stepper.read(), noise(0))
+            for step in denoise(lambda x, t: fused(x, t, y=y), table, noise):
+                row = table[step.k - 1]
+                stepper.step(row, noise(step.k) if row.x_from_noise else None)
+                np.testing.assert_array_equal(stepper.read(), step.x)
+
+
+def test_a_stepper_s_state_is_its_own(fused: Engine) -> None:
+    noise = SeededNoise(0, range(2), (1, 8, 8))
+    x, z = noise(0), noise(1)
+    conditions = {"y": np.array([0, 1])}
+    first, last = fused.spec.table()[0], fused.spec.table()[-1]
+    with fused.stepper(2) as stepper, fused.stepper(2) as other:
+        for each in (stepper, other):
+            each.start(x, conditions)
+            each.step(first, z)
+        read = stepper.read()
+        x[:], z[:], conditions["y"][:] = 7, 7, 2  # given arrays stay the caller's
+        read[:] = 7
+        stepper.step(last, None)
+        other.step(last, None)
+        assert not np.any(stepper.read() == 7)
+        np.testing.assert_array_equal(stepper.read(), other.read())
+    stepper.close()  # once more
+
+
+def test_an_engine_without_a_fused_step_has_no_stepper(engine: Engine) -> None:
+    assert not engine.fused
+    with pytest.raises(EngineError, match="has no fused step, so 4 samples cannot stay") as caught:
+        engine.stepper(4)
+    assert "ddpm-deploy build unet.onnx --fuse-step" in caught.value.hint
+
+
+def test_a_stepper_refuses_what_does_not_fit(fused: Engine) -> None:
+    table = fused.spec.table()
+    x, y = np.zeros((2, 1, 8, 8), np.float32), np.zeros(2, np.int64)
+    with fused.stepper(2) as stepper:
+        with pytest.raises(EngineInputError, match=r"x is float32 \(3, .*; this engine takes"):
+            stepper.start(np.zeros((3, 1, 8, 8), np.float32), {"y": y})
+        with pytest.raises(EngineInputError, match="The conditions given are none"):
+            stepper.start(x, {})
+        stepper.start(x, {"y": y})
+        with pytest.raises(EngineInputError, match=r"z is float32 \(1, 1, 8, 8\); .* \(2, 1, 8, 8"):
+            stepper.step(table[0], x[:1])
+        with pytest.raises(EngineInputError, match="The step at t = 19 adds noise, and z is None"):
+            stepper.step(table[0], None)
+        with pytest.raises(EngineInputError, match=r"t is 20\.\.20; this network has timesteps 0"):
+            stepper.step(replace(table[0], t=20), x)
+        with pytest.raises(EngineInputError, match=r"needs a learned variance; .* gives none"):
+            stepper.step(replace(table[0], log_std=(0.0, 0.5)), x)
+
+
+def test_a_file_that_only_says_that_it_is_fused_is_refused(tmp_path: Path) -> None:
+    model = onnx.load_model(write_graph(tmp_path / "unet.onnx", tiny_spec()))
+    model.metadata_props.add(key=METADATA_KEY, value=step_to_json())
+    onnx.save_model(model, tmp_path / "lie.onnx")
+    with pytest.raises(SpecError, match=r"has the inputs t .*, but its spec says row .* \(9\)"):
+        open_engine(tmp_path / "lie.onnx")

@@ -1,0 +1,121 @@
+"""The step fused behind the network: what such a graph takes, and the loop that feeds it.
+
+A fused graph has two inputs more, `row` and `z`, and one output more, `x_s`: the arithmetic of
+`sampling.denoise`, in float32 and in its order, done where the network runs. The state stays there
+too, so that a step moves nothing but noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_deploy.arrays import Samples
+from ddpm_deploy.engines.base import Stepper
+from ddpm_deploy.errors import SpecError
+from ddpm_deploy.noise import Ahead
+from ddpm_deploy.sampling import Table, Transition
+
+FORMAT = 1
+"""Version of a fused step: its inputs, its output, and the order of `COLUMNS`."""
+
+METADATA_KEY = "ddpm_deploy.step"
+"""Key in an ONNX file's `metadata_props` that says that its step is fused."""
+
+COLUMNS = (
+    "x0_from_x",
+    "x0_from_out",
+    "clip",
+    "x_from_x0",
+    "x_from_x",
+    "x_from_out",
+    "x_from_noise",
+    "log_std_a",
+    "log_std_b",
+)
+"""The numbers of the input `row`, in order.
+
+`clip` is infinite where x_0 is not clipped; σ is x_from_noise · exp(log_std_a + log_std_b · v), and
+x_from_noise alone where the network gives no v.
+"""
+
+
+def row_of(transition: Transition) -> NDArray[np.float32]:
+    """Returns a transition as a fused graph takes it: float32, (9,), in the order of `COLUMNS`."""
+    learned = transition.log_std is not None and transition.x_from_noise != 0
+    a, b = transition.log_std if learned and transition.log_std else (0.0, 0.0)
+    clip = np.inf if transition.clip is None else transition.clip
+    return np.array(
+        [
+            transition.x0_from_x,
+            transition.x0_from_out,
+            clip,
+            transition.x_from_x0,
+            transition.x_from_x,
+            transition.x_from_out,
+            transition.x_from_noise,
+            a,
+            b,
+        ],
+        dtype=np.float32,
+    )
+
+
+def step_to_json() -> str:
+    """Returns what a fused graph carries under `METADATA_KEY`."""
+    return json.dumps({"format": FORMAT, "row": COLUMNS}, sort_keys=True)
+
+
+def is_fused(text: str | None, *, source: str) -> bool:
+    """Reads what `step_to_json` wrote; None is what a graph that is not fused carries.
+
+    Args:
+        text: The value under `METADATA_KEY`.
+        source: What to call the place it came from in errors.
+
+    Raises:
+        SpecError: It is another format's, or damaged.
+    """
+    if text is None:
+        return False
+    try:
+        found = json.loads(text)["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SpecError(
+            f"{source} says that its step is fused, but not how ({error!r}).",
+            hint="Build it again: ddpm-deploy build unet.onnx --fuse-step",
+        ) from error
+    if found != FORMAT:
+        raise SpecError(
+            f"The fused step in {source} has format {found}; this release reads format {FORMAT}.",
+            hint="Build it again here: ddpm-deploy build unet.onnx --fuse-step",
+        )
+    return True
+
+
+def denoise_fused(
+    stepper: Stepper, table: Table, noise: Callable[[int], Samples], *, threads: int = 1
+) -> Generator[tuple[int, int], None, None]:
+    """Runs the reverse process on a stepper that was started with x_T, a step at a time.
+
+    The numbers are those of `denoise`; they stay with the runtime until `stepper.read()`, which may
+    be called between steps and after the last.
+
+    Args:
+        stepper: Of an engine whose step is fused.
+        table: As for `denoise`.
+        noise: As for `denoise`; called from other threads.
+        threads: How many of them, see `Ahead`.
+
+    Yields:
+        (k, t) after each transition, which the runtime may still be working on: k is 1 for the
+        first one, t the timestep that the network was called with.
+    """
+    noisy = [k for k, row in enumerate(table, start=1) if row.x_from_noise]
+    with Ahead(noise, noisy, threads=threads) as draw:
+        for k, row in enumerate(table, start=1):
+            stepper.step(row, draw(k) if row.x_from_noise else None)
+            yield k, row.t
