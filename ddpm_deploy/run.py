@@ -11,23 +11,35 @@ import json
 import math
 import platform
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
 
 from ddpm_deploy import noise as noise_module
 from ddpm_deploy._version import __version__
-from ddpm_deploy.arrays import Pixels, Samples
-from ddpm_deploy.engines.base import Engine
+from ddpm_deploy.arrays import Array, Pixels, Samples
+from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.errors import DataError, EngineError, EngineInputError, RunError
 from ddpm_deploy.files import sha256, whole_file, write_text
+from ddpm_deploy.fused import denoise_fused
 from ddpm_deploy.images import grid, is_picture, read_picture, to_pixels, write_gif, write_png
 from ddpm_deploy.noise import SeededNoise
-from ddpm_deploy.sampling import Predictor, Sampler, Spacing, Step, Table, denoise, guided
+from ddpm_deploy.sampling import (
+    Predictor,
+    Sampler,
+    Spacing,
+    Table,
+    Transition,
+    denoise,
+    guided,
+    predicted_x0,
+    split_variance,
+)
 from ddpm_deploy.spec import ModelSpec
 
 GRID_IMAGES = 64
@@ -64,12 +76,16 @@ class Recipe:
         """Tabulates the sampler; errors as in `ModelSpec.table`."""
         return spec.table(self.sampler, self.steps, eta=self.eta, spacing=self.spacing)
 
-    def predictor(self, engine: Engine, images: Sequence[int]) -> Predictor:
-        """Binds labels and guidance for some images to an engine.
+    def fused(self, engine: Engine) -> bool:
+        """Tells whether the step behind a network is this recipe's: guidance would come before."""
+        return engine.fused and self.guidance == 1
+
+    def conditions(self, engine: Engine, images: Sequence[int]) -> dict[str, Array]:
+        """Returns an engine's conditions for some images: their labels, where it takes some.
 
         Raises:
-            EngineInputError: The network does not take these labels, or has no null label that
-                guidance needs; or the guidance is not finite.
+            EngineInputError: The network does not take these labels or guidance, or the guidance is
+                not finite.
         """
         if not math.isfinite(self.guidance):
             raise EngineInputError(
@@ -83,7 +99,7 @@ class Recipe:
                     f"{engine.path} is unconditional: it takes neither labels nor guidance.",
                     hint="Leave --label and --guidance out.",
                 )
-            return engine
+            return {}
         classes, null = condition.classes or 1, condition.null
         labels = self.labels or default_labels(engine.spec)
         for label in labels:
@@ -94,15 +110,27 @@ class Recipe:
                     hint="Type --label 0, a list such as --label 0,1,2, or --label none.",
                 )
         y = np.array([labels[i % len(labels)] for i in images], dtype=condition.dtype)
-        if self.guidance == 1:
-            return partial(engine, **{condition.name: y})
+        return {condition.name: y}
+
+    def predictor(self, engine: Engine, images: Sequence[int]) -> Predictor:
+        """Binds labels and guidance for some images to an engine.
+
+        Raises:
+            EngineInputError: As for `conditions`, or the network has no null label that guidance
+                needs.
+        """
+        conditions = self.conditions(engine, images)
+        if self.guidance == 1 or engine.spec.label is None:
+            return partial(engine, **conditions)
+        name, null = engine.spec.label.name, engine.spec.label.null
         if null is None:
             raise EngineInputError(
                 f"{engine.path} has no null label, so there is nothing to guide away from.",
                 hint="Leave --guidance out.",
             )
+        y = conditions[name]
         both = np.concatenate([y, np.full_like(y, null)])
-        return guided(partial(engine, **{condition.name: both}), self.guidance)
+        return guided(partial(engine, **{name: both}), self.guidance)
 
 
 def default_labels(spec: ModelSpec) -> tuple[int, ...]:
@@ -125,22 +153,114 @@ def sample(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Samples:
         EngineError: The network gave numbers that are not finite.
         ValueError: The recipe does not fit the network's schedule.
     """
-    *_, last = steps_of(engine, recipe, images)
-    return last.x
+    with Drawing(engine, recipe) as drawing:
+        for _ in drawing.steps(images):
+            pass
+        return drawing.read()
 
 
-def steps_of(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Iterator[Step]:
-    """Yields the steps of `sample`; arguments and errors as there."""
-    noise = SeededNoise(recipe.seed, images, engine.spec.sample_shape)
-    predict = recipe.predictor(engine, images)
-    for step in denoise(predict, recipe.table(engine.spec), noise):
-        if not step.finite:
-            raise EngineError(
-                f"{engine.name} gave numbers that are not finite at t = {step.t} (step {step.k}).",
-                hint="See where it begins: ddpm-deploy verify --engine "
-                f"{engine.path} --against CHECKPOINT",
-            )
-        yield step
+class Drawing:
+    """Draws batches of a recipe, with the step behind the network where it is fused there.
+
+    A context: where the runtime keeps the state, it does so from one batch to the next.
+
+    Args:
+        engine: The network.
+        recipe: What decides the images.
+    """
+
+    def __init__(self, engine: Engine, recipe: Recipe) -> None:
+        self._engine, self._recipe = engine, recipe
+        self._table = recipe.table(engine.spec)
+        self._stepper: Stepper | None = None
+        self._size = 0
+        self._x: Samples | None = None
+
+    def steps(
+        self, images: Sequence[int], *, x0_at: Container[int] = ()
+    ) -> Iterator[tuple[int, Samples | None]]:
+        """Draws some images.
+
+        Args:
+            images: Their indices.
+            x0_at: The steps of which the predicted x_0 is wanted. Behind a fused step it costs
+                another call of the network, so that the images stay the same.
+
+        Yields:
+            After each step its number, 1 being the noisiest, and x_0 where it is wanted.
+
+        Raises:
+            EngineError: The network gave numbers that are not finite; with a fused step that is
+                known after the last.
+        """
+        noise = SeededNoise(self._recipe.seed, images, self._engine.spec.sample_shape)
+        if self._recipe.fused(self._engine):
+            yield from self._fused_steps(images, noise, x0_at)
+            return
+        predict = self._recipe.predictor(self._engine, images)
+        for step in denoise(predict, self._table, noise):
+            if not step.finite:
+                raise self._not_finite(f" at t = {step.t} (step {step.k})")
+            yield step.k, step.x0 if step.k in x0_at else None
+            self._x = step.x
+
+    def read(self) -> Samples:
+        """Returns the images of the last `steps`: float32, (N, *sample_shape)."""
+        if self._x is None:
+            raise ValueError("no step was made yet")
+        return self._x
+
+    def _fused_steps(
+        self, images: Sequence[int], noise: SeededNoise, x0_at: Container[int]
+    ) -> Iterator[tuple[int, Samples | None]]:
+        predict = self._recipe.predictor(self._engine, images)
+        stepper = self._stepper_of(len(images))
+        x = noise(0)
+        stepper.start(x, self._recipe.conditions(self._engine, images))
+        x0 = self._x0(predict, self._table[0], x) if 1 in x0_at else None
+        for k, _ in denoise_fused(stepper, self._table, noise):
+            yield k, x0
+            follows = k + 1 in x0_at and k < len(self._table)
+            x0 = self._x0(predict, self._table[k], stepper.read()) if follows else None
+        self._x = stepper.read()
+        if not np.isfinite(self._x).all():
+            raise self._not_finite("")
+
+    def _x0(self, predict: Predictor, row: Transition, x: Samples) -> Samples:
+        out, _ = split_variance(predict(x, np.full(len(x), row.t, dtype=np.int64)), x)
+        if not np.isfinite(out).all():
+            raise self._not_finite(f" at t = {row.t}")
+        return predicted_x0(row, x, out)
+
+    def _stepper_of(self, n: int) -> Stepper:
+        if self._stepper is None or self._size != n:
+            self.close()
+            self._stepper, self._size = self._engine.stepper(n), n
+        return self._stepper
+
+    def _not_finite(self, where: str) -> EngineError:
+        return EngineError(
+            f"{self._engine.name} gave numbers that are not finite{where}.",
+            hint=f"See where it begins: ddpm-deploy verify --engine {self._engine.path} "
+            "--against CHECKPOINT",
+        )
+
+    def close(self) -> None:
+        """Gives back what the runtime keeps."""
+        if self._stepper is not None:
+            self._stepper.close()
+            self._stepper = None
+
+    def __enter__(self) -> Drawing:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,12 +356,12 @@ class Run:
             if missing or (first == self.start and gif is not None and not gif.exists()):
                 yield block, missing
 
-    def draw(self, *, gif: Path | None = None, on_step: Callable[[Step], None]) -> Iterator[Path]:
+    def draw(self, *, gif: Path | None = None, on_step: Callable[[int], None]) -> Iterator[Path]:
         """Draws what is missing, a batch at a time.
 
         Args:
             gif: Where to write the predicted x_0 of the first images unfolding, if anywhere.
-            on_step: Called after every step, for progress.
+            on_step: Called after every step with its number, for progress.
 
         Yields:
             The path of each image when it is written, whole.
@@ -252,19 +372,21 @@ class Run:
         """
         rows = len(self.recipe.table(self.engine.spec))
         shown = {round(k) for k in np.linspace(1, rows, min(rows, GIF_FRAMES))}
-        for block, missing in self.blocks(gif=gif):
-            first = block[0]
-            frames: list[Pixels] = []
-            for step in steps_of(self.engine, self.recipe, block):
-                on_step(step)
-                if gif is not None and first == self.start and step.k in shown:
-                    frames.append(grid(list(self._pixels(step.x0[:GIF_IMAGES]))))
-                last = step
-            for image in missing:
-                yield self._write(image, last.x[image - first])
-            if gif is not None and frames:
-                frames.append(grid(list(self._pixels(last.x[:GIF_IMAGES]))))
-                write_gif(gif, frames)
+        with Drawing(self.engine, self.recipe) as drawing:
+            for block, missing in self.blocks(gif=gif):
+                first = block[0]
+                frames: list[Pixels] = []
+                wanted = shown if gif is not None and first == self.start else ()
+                for k, x0 in drawing.steps(block, x0_at=wanted):
+                    on_step(k)
+                    if x0 is not None:
+                        frames.append(grid(list(self._pixels(x0[:GIF_IMAGES]))))
+                x = drawing.read()
+                for image in missing:
+                    yield self._write(image, x[image - first])
+                if gif is not None and frames:
+                    frames.append(grid(list(self._pixels(x[:GIF_IMAGES]))))
+                    write_gif(gif, frames)
 
     def finish(self, timing: Mapping[str, float]) -> list[Path]:
         """Writes `grid.png` and the final `run.json`; returns their paths.

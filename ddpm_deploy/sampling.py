@@ -284,9 +284,7 @@ def denoise(
         x = noise(0)
     for k, row in enumerate(table, start=1):
         out, v = split_variance(predict(x, np.full(len(x), row.t, dtype=np.int64)), x)
-        x0 = row.x0_from_x * x + row.x0_from_out * out
-        if row.clip is not None:
-            np.clip(x0, -row.clip, row.clip, out=x0)
+        x0 = predicted_x0(row, x, out)
         mean = row.x_from_x0 * x0 + row.x_from_x * x
         if row.x_from_out:
             mean += row.x_from_out * out
@@ -301,6 +299,14 @@ def denoise(
                 )
         yield Step(k=k, t=row.t, x_t=x, out=out, x0=x0, x=mean)
         x = mean
+
+
+def predicted_x0(row: Transition, x: Samples, out: Samples) -> Samples:
+    """Returns the clean images that a network's output implies, clipped; shapes as in `Step`."""
+    x0 = row.x0_from_x * x + row.x0_from_out * out
+    if row.clip is not None:
+        np.clip(x0, -row.clip, row.clip, out=x0)
+    return x0
 
 
 def split_variance(out: Samples, x: Samples) -> tuple[Samples, Samples | None]:

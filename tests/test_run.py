@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -19,7 +20,7 @@ from ddpm_deploy.images import to_pixels
 from ddpm_deploy.run import GIF_NAME, Recipe, Run, default_batch, recorded_batch, sample
 from ddpm_deploy.spec import METADATA_KEY
 from tests.commands import contents
-from tests.support import tiny_spec, write_graph
+from tests.support import tiny_spec, write_fused, write_graph
 
 
 def draw(
@@ -518,3 +519,88 @@ def test_given_betas_survive_run_json_bit_for_bit(tmp_path: Path) -> None:
     draw(tmp_path / "run", open_engine(write_graph(tmp_path / "unet.onnx", spec)), count=1)
     report = json.loads((tmp_path / "run" / "run.json").read_text())
     assert ModelSpec.from_dict(report["spec"]).schedule == spec.schedule
+
+
+# --- The step fused behind the network ---
+
+
+@pytest.fixture
+def fused(tmp_path: Path) -> Engine:
+    return open_engine(write_fused(tmp_path / "fused.onnx", tiny_spec(classes=4)))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(seed=3),
+        Recipe(sampler="ddim", steps=7, eta=0.5, labels=(2, 4)),
+        Recipe(guidance=2.0, steps=5),
+    ],
+)
+def test_a_fused_engine_draws_the_same_images(
+    tmp_path: Path, labelled: Engine, fused: Engine, recipe: Recipe
+) -> None:
+    draw(tmp_path / "plain", labelled, recipe)
+    draw(tmp_path / "run", fused, recipe)
+    assert pictures(tmp_path / "run") == pictures(tmp_path / "plain")
+    np.testing.assert_array_equal(
+        sample(fused, recipe, range(2, 5)), sample(labelled, recipe, range(2, 5))
+    )
+
+
+def test_the_fused_step_is_used_unless_guidance_comes_before_it(
+    fused: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(self: Engine, *arguments: object, **conditions: object) -> None:
+        raise AssertionError("the network alone was called")
+
+    monkeypatch.setattr(type(fused), "__call__", call)
+    assert np.isfinite(sample(fused, Recipe(), [0])).all()
+    with pytest.raises(AssertionError):
+        sample(fused, Recipe(guidance=2.0), [0])
+
+
+def test_x0_unfolds_behind_a_fused_step_as_before_it(
+    tmp_path: Path, labelled: Engine, fused: Engine
+) -> None:
+    for name, engine in (("plain", labelled), ("fused", fused)):
+        draw(tmp_path / name, engine, gif=tmp_path / name / GIF_NAME)
+    assert (tmp_path / "fused" / GIF_NAME).read_bytes() == (
+        tmp_path / "plain" / GIF_NAME
+    ).read_bytes()
+    assert pictures(tmp_path / "fused") == pictures(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("gif", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_output_that_is_not_finite_is_an_error_behind_a_fused_step_too(
+    tmp_path: Path, bad: float, gif: bool
+) -> None:
+    engine = open_engine(write_fused(tmp_path / "fused.onnx", tiny_spec(), bias=bad))
+    with pytest.raises(EngineError, match="onnxruntime CPU gave numbers that are not") as caught:
+        draw(tmp_path / "run", engine, gif=tmp_path / GIF_NAME if gif else None)
+    assert "ddpm-deploy verify --engine" in caught.value.hint
+    assert list((tmp_path / "run").glob("0*")) == []
+    assert not (tmp_path / GIF_NAME).exists()
+
+
+def test_a_run_that_is_left_leaves_no_thread(tmp_path: Path, fused: Engine) -> None:
+    def on_step(k: int) -> None:
+        if k == 5:
+            raise KeyboardInterrupt
+
+    run = Run(folder=tmp_path / "run", engine=fused, recipe=Recipe(), count=2)
+    run.prepare()
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        list(run.draw(on_step=on_step))
+    assert threading.active_count() == before
+
+
+def test_steps_are_counted_from_the_noisiest(tmp_path: Path, engine: Engine, fused: Engine) -> None:
+    for name, each in (("plain", engine), ("fused", fused)):
+        steps: list[int] = []
+        run = Run(folder=tmp_path / name, engine=each, recipe=Recipe(), count=3, batch=2)
+        run.prepare()
+        list(run.draw(on_step=steps.append))
+        assert steps == [*range(1, 21), *range(1, 21)]
