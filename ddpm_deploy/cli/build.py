@@ -19,6 +19,9 @@ def command(
     fp16: Annotated[
         bool, typer.Option("--fp16", help="A TensorRT plan in half precision.")
     ] = False,
+    fuse_step: Annotated[
+        bool, typer.Option("--fuse-step", help="Put the sampler's step behind the network.")
+    ] = False,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -27,9 +30,10 @@ def command(
 
     Without TensorRT that is an ONNX Runtime engine in float32.
     """
+    from collections.abc import Callable
     from dataclasses import asdict
 
-    from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES
+    from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES, needs
     from ddpm_deploy.engines.build import build_ort
 
     if fp16 or (output is not None and output.suffix == ".plan"):
@@ -52,10 +56,17 @@ def command(
     output = output or graph.with_suffix(".ort.onnx")
     if output.suffix != ".onnx":
         raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
-    built = build_ort(graph, output, threads=threads, device=device)
+    rewrite: Callable[[Path, Path], None] | None = None
+    if fuse_step:
+        with needs("onnx", extra="export"):
+            from ddpm_deploy.export.fuse_step import fuse_file
+        rewrite = fuse_file
+    built = build_ort(graph, output, threads=threads, device=device, rewrite=rewrite)
     apart = f"at most {built.deviation:.1e} of the peak from" if built.deviation else "the same as"
+    step = " with its step fused" if fuse_step else ""
     note(
-        f"built for {built.runtime} in float32 (this release has no TensorRT): {apart} {graph}; "
+        f"built for {built.runtime} in float32{step} (this release has no TensorRT): {apart} "
+        f"{graph}; "
         f"opens in {built.load_seconds:.2f} s, the graph in {built.graph_load_seconds:.2f} s"
     )
     if json:

@@ -25,7 +25,13 @@ def command(
 
     with open_engine(file, device="cpu") as engine:
         spec = engine.spec
-        data = {"file": str(file), "sha256": sha256(file), "engine": engine.name, **spec.to_dict()}
+        data = {
+            "file": str(file),
+            "sha256": sha256(file),
+            "engine": engine.name,
+            "fused": engine.fused,
+            **spec.to_dict(),
+        }
     if json:
         print_json(data)
         return
@@ -34,6 +40,7 @@ def command(
         "file": file,
         "sha256": data["sha256"],
         "engine": engine.name,
+        "step": "fused behind the network" if engine.fused else "in NumPy",
         "samples": " x ".join(map(str, spec.sample_shape))
         + f", values {spec.value_range[0]:g} to {spec.value_range[1]:g}",
         "schedule": spec.schedule,

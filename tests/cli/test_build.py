@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from ddpm_deploy import open_engine
 from ddpm_deploy.engines import build as build_module
+from ddpm_deploy.export import fuse_step as fuse_module
 from tests.commands import Outcome, contents, refusal, run
-from tests.support import tiny_spec, write_graph
+from tests.support import tiny_spec, write_fused, write_graph
 
 
 @pytest.fixture(autouse=True)
@@ -120,4 +122,56 @@ def test_a_folder_s_name_is_no_engine_s(folder: Path) -> None:
     Path("taken.onnx").mkdir()
     before = contents(folder)
     assert refusal(build("-o", "taken.onnx")) == "Is a directory: taken.onnx."
+    assert contents(folder) == before
+
+
+# --- The step fused behind the network ---
+
+
+def test_a_fused_step_is_built_checked_and_named() -> None:
+    outcome = build("--fuse-step", "-o", "fused.onnx")
+    assert (outcome.code, outcome.out) == (0, "fused.onnx\n")
+    assert "CPU in float32 with its step fused (this release has no TensorRT): " in outcome.err
+    assert open_engine("fused.onnx").fused
+    assert json.loads(run("inspect", "fused.onnx", "--json").out)["fused"] is True
+    assert "step         fused behind the network\n" in run("inspect", "fused.onnx").out
+    assert sorted(contents(Path())) == ["fused.onnx", "unet.onnx"]
+
+
+def test_a_fused_engine_serves_every_command() -> None:
+    build("--fuse-step", "-o", "fused.onnx")
+    for engine in ("fused", "unet"):
+        outcome = run(
+            "sample", "-e", f"{engine}.onnx", "-n", 3, "-o", engine, "--gif", "--batch", 2
+        )
+        assert outcome.code == 0, outcome
+    drawn = {name: file for name, file in contents(Path("fused")).items() if name != "run.json"}
+    assert drawn.items() <= contents(Path("unet")).items()
+    assert len(drawn) == 5  # three images, the grid and the GIF
+    verified = run("verify", "-e", "fused.onnx", "--against", "unet.onnx", "--steps", 5)
+    assert verified.code == 0, verified
+    timed = run(
+        "bench", "-e", "unet.onnx", "-e", "fused.onnx", "--steps", 2, "--repeat", 1, "--json"
+    )
+    assert len(json.loads(timed.out)["results"]) == 2
+
+
+def test_a_fused_engine_can_be_built_again() -> None:
+    build("--fuse-step", "-o", "fused.onnx")
+    assert build("fused.onnx", "-o", "again.onnx", "--fuse-step").code == 0
+    assert build("fused.onnx", "-o", "kept.onnx").code == 0
+    assert open_engine("again.onnx").fused
+    assert open_engine("kept.onnx").fused
+
+
+def test_a_fused_step_that_is_another_never_gets_its_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.load_model(write_fused(Path("wrong.onnx"), tiny_spec(classes=4)))
+    (add,) = (node for node in model.graph.node if list(node.output) == ["x_s"])
+    add.op_type = "Sub"
+    before = contents(folder)
+    monkeypatch.setattr(fuse_module, "fuse_step", lambda _: model)
+    message = refusal(build("--fuse-step", "-o", "fused.onnx"))
+    assert message.startswith("The engine is not the graph it was built from: they differ by ")
     assert contents(folder) == before

@@ -56,7 +56,8 @@ def test_a_checkpoint_says_the_same_as_its_graph() -> None:
 def test_json_is_the_spec_and_reads_back() -> None:
     data = json.loads(run("inspect", "unet.onnx", "--json").out)
     assert (data["file"], data["engine"]) == ("unet.onnx", "onnxruntime CPU")
-    for name in ("file", "sha256", "engine"):
+    assert data["fused"] is False
+    for name in ("file", "sha256", "engine", "fused"):
         del data[name]
     assert ModelSpec.from_dict(data) == tiny_spec(classes=4)
 
