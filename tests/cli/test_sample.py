@@ -15,6 +15,7 @@ from PIL import Image
 
 from ddpm_deploy import ModelSpec, images, linear
 from ddpm_deploy.cli.common import parse_labels
+from ddpm_deploy.export.fuse_step import fuse_file
 from ddpm_deploy.model.families import label_condition
 from tests.commands import Outcome, contents, finish, refusal, run, start
 from tests.support import tiny_spec, write_graph
@@ -134,7 +135,10 @@ def test_a_killed_run_continues_and_draws_nothing_twice() -> None:
     check_that_it_continues(before)
 
 
-def test_ctrl_c_says_how_to_continue() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_ctrl_c_says_how_to_continue(fused: bool) -> None:
+    if fused:  # noise is drawn in a thread then
+        fuse_file(Path("unet.onnx"), Path("unet.onnx"))
     outcome, before = stop(by=signal.SIGINT)
     assert outcome.code == 130
     assert outcome.out == ""
