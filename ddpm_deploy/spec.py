@@ -33,6 +33,9 @@ FORMAT = 1
 """Version of the JSON form. A reader refuses a later one."""
 
 METADATA_KEY = "ddpm_deploy.spec"
+
+PRECISION_KEY = "ddpm_deploy.precision"
+"""Where an ONNX file in mixed precision says so: JSON, with `precision` and `groups`."""
 """Key of the spec in an ONNX file's `metadata_props`."""
 
 Meaning = Literal["class_label", "observation"]
@@ -288,6 +291,30 @@ class ModelSpec:
             if condition.name in taken:
                 raise ValueError(f"two inputs are called {condition.name!r}")
             taken.add(condition.name)
+
+
+def read_precision(text: str | None, *, source: str) -> str:
+    """Reads what an ONNX file carries under `PRECISION_KEY`.
+
+    Args:
+        text: The value; None is what a float32 graph carries.
+        source: What to call the file in errors.
+
+    Returns:
+        `fp32`, `fp16` or `bf16`.
+
+    Raises:
+        SpecError: It is damaged.
+    """
+    if text is None:
+        return "fp32"
+    try:
+        precision = json.loads(text)["precision"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(source, f"its precision: {error!r}") from error
+    if precision not in {"fp16", "bf16"}:
+        raise _damaged(source, f"its precision is {precision!r}")
+    return str(precision)
 
 
 def _whole(value: object, least: int) -> bool:

@@ -55,14 +55,29 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     local: Annotated[
-        float, typer.Option(min=0, help="Budget: output error on the reference's x_t, of the peak.")
-    ] = 2e-5,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Budget: output error on the reference's x_t, of the peak; 2e-5, fp16 5e-3, "
+            "bf16 4e-2.",
+        ),
+    ] = None,
     accumulated: Annotated[
-        float, typer.Option(min=0, help="Budget: error of x_t when both run free, of the peak.")
-    ] = 1e-3,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Budget: error of x_t when both run free, of the peak; 1e-3, fp16 1e-2, "
+            "bf16 5e-2.",
+        ),
+    ] = None,
     pixels: Annotated[
-        float, typer.Option(min=0, help="Budget: least share of pixels within one level of 255.")
-    ] = 0.999,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Budget: least share of pixels within one level of 255; 0.999, fp16 0.99, "
+            "bf16 0.95.",
+        ),
+    ] = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -72,6 +87,7 @@ def command(
     Local error: both networks are fed the reference's own x_t. Accumulated
     error: each runs free on the same noise. Exits 1 outside the budget.
     """
+    from dataclasses import replace
     from typing import cast
 
     from ddpm_deploy._version import __version__
@@ -98,7 +114,11 @@ def command(
             labels=parse_labels(label, spec),
             guidance=guidance,
         )
-        budget = Budget(local=local, accumulated=accumulated, pixels=pixels)
+        given = {"local": local, "accumulated": accumulated, "pixels": pixels}
+        budget = replace(
+            Budget.of(deployed.precision),
+            **{name: value for name, value in given.items() if value is not None},
+        )
         with settings("See: ddpm-deploy verify --help"):
             verifier = Verifier(reference, deployed, recipe, range(count), budget=budget)
         note_untrained(spec, verifier.table)

@@ -29,12 +29,14 @@ class Engine(ABC):
         name: The runtime and device, for tables: `onnxruntime CPU`.
         path: The file it came from.
         fused: Whether the sampler's step is fused behind the network, so that it has a `stepper`.
+        precision: What most of it computes in: `fp32`, `fp16` or `bf16`.
     """
 
     spec: ModelSpec
     name: str
     path: Path
     fused: bool = False
+    precision: str = "fp32"
 
     def __call__(self, x: Samples, t: Timesteps, **conditions: Array) -> Samples:
         """Runs the network once.

@@ -16,7 +16,7 @@ from ddpm_deploy.errors import EngineError, SpecError
 from ddpm_deploy.fused import COLUMNS, is_fused, row_of
 from ddpm_deploy.fused import METADATA_KEY as STEP_KEY
 from ddpm_deploy.sampling import Transition
-from ddpm_deploy.spec import METADATA_KEY, ModelSpec
+from ddpm_deploy.spec import METADATA_KEY, PRECISION_KEY, ModelSpec, read_precision
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
@@ -68,8 +68,9 @@ class OrtEngine(Engine):
         self._device = "cuda" if active == _CUDA else "cpu"
         self.name = f"onnxruntime {self._device.upper()}"
         self.spec = _read_spec(self._session, path)
-        step = self._session.get_modelmeta().custom_metadata_map.get(STEP_KEY)
-        self.fused = is_fused(step, source=str(path))
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.fused = is_fused(metadata.get(STEP_KEY), source=str(path))
+        self.precision = read_precision(metadata.get(PRECISION_KEY), source=str(path))
         _check_inputs(self._session, self.spec, path, fused=self.fused)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:

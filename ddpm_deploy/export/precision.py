@@ -29,11 +29,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.graph import constants, tensor_types
+from ddpm_deploy.spec import PRECISION_KEY
 
 Precision = Literal["fp16", "bf16"]
-
-METADATA_KEY = "ddpm_deploy.precision"
-"""Where a mixed graph says what it is: JSON, with `precision` and `groups`."""
 
 ELEM_TYPES: Mapping[str, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 DTYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -105,7 +103,7 @@ def convert(
         mixed,
         {
             **{entry.key: entry.value for entry in model.metadata_props},
-            METADATA_KEY: json.dumps({"precision": precision, "groups": groups}),
+            PRECISION_KEY: json.dumps({"precision": precision, "groups": groups}),
         },
     )
     onnx.checker.check_model(mixed, full_check=mixed.ByteSize() < 2**31)
@@ -148,7 +146,7 @@ def recorded(model: onnx.ModelProto) -> Mixed | None:
         ExportError: It holds half-precision tensors that this package did not choose.
     """
     for entry in model.metadata_props:
-        if entry.key == METADATA_KEY:
+        if entry.key == PRECISION_KEY:
             said = json.loads(entry.value)
             chosen: Precision = "bf16" if said["precision"] == "bf16" else "fp16"
             return Mixed(model=model, precision=chosen, groups=said["groups"])

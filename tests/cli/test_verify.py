@@ -11,6 +11,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from ddpm_deploy import linear
+from ddpm_deploy.export.precision import convert
+from ddpm_deploy.export.rounding import rounded
 from tests.commands import Outcome, contents, refusal, run
 from tests.support import tiny_spec, write_checkpoint, write_graph, write_state_dict
 
@@ -48,6 +50,18 @@ def test_an_exported_network_is_the_trained_one_over_its_whole_loop(exported: Pa
     assert report["engine"]["name"] == "onnxruntime CPU"
     assert report["reference"]["name"] == "torch CPU"
     assert 0 < max(step["local_out"] for step in report["steps"]) < 2e-5
+
+
+def test_half_precision_has_a_budget_of_its_own(exported: Path) -> None:
+    mixed = convert(onnx.load(exported / "unet.onnx"), "fp16").model
+    onnx.save_model(rounded(mixed), "half.onnx")
+    against = ("-e", "half.onnx", "--against", exported / "ckpt.pt")
+    outcome = verify(*against, "--json")
+    assert outcome.code == 0, outcome
+    report = json.loads(outcome.out)
+    assert report["budget"] == {"local": 5e-3, "accumulated": 1e-2, "pixels": 0.99}
+    assert 2e-5 < max(step["local_out"] for step in report["steps"]) < 5e-3
+    assert "local error" in failures(*against, "--local", 2e-5)[0]
 
 
 def test_a_checkpoint_of_other_weights_is_another_model(exported: Path) -> None:

@@ -16,12 +16,11 @@ from onnx.reference import ReferenceEvaluator
 from ddpm_deploy import ModelSpec, open_engine
 from ddpm_deploy.engines.ort import run_graph
 from ddpm_deploy.errors import ExportError
-from ddpm_deploy.export import precision
 from ddpm_deploy.export.graph import constants, tensor_types
 from ddpm_deploy.export.precision import CONDITIONING, ENDS, STATISTICS, Precision, convert
 from ddpm_deploy.export.rounding import rounded
 from ddpm_deploy.export.to_onnx import export_network
-from ddpm_deploy.spec import METADATA_KEY
+from ddpm_deploy.spec import METADATA_KEY, PRECISION_KEY
 from tests.support import tiny_network, tiny_spec
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -133,7 +132,7 @@ def test_the_callers_graph_is_left_alone(model: onnx.ModelProto) -> None:
 
 def test_every_reason_is_told_with_its_operators(model: onnx.ModelProto) -> None:
     mixed = convert(model, "fp16")
-    (record,) = [e.value for e in mixed.model.metadata_props if e.key == precision.METADATA_KEY]
+    (record,) = [e.value for e in mixed.model.metadata_props if e.key == PRECISION_KEY]
     assert json.loads(record) == {"precision": "fp16", "groups": mixed.groups}
     assert "2 Conv" in mixed.groups[f"float32, {ENDS}"]
     assert "6 Gemm" in mixed.groups[f"float32, {CONDITIONING}"]
@@ -198,6 +197,7 @@ def test_onnx_runtime_and_openvino_load_and_run_the_mixed_graph(
     wanted = run(model, tmp_path)
     limit = 5e-3 * np.abs(wanted).max()
     with open_engine(path) as engine:
+        assert engine.precision == "fp16"
         values = feeds()
         given = engine(values["x"], values["t"], y=values["y"])
         assert np.abs(given - wanted).max() < limit
