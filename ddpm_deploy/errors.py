@@ -41,6 +41,10 @@ class EngineBuildError(EngineError):
     """An engine could not be built."""
 
 
+class PlanMismatchError(EngineError):
+    """A plan is whole, but for another machine or another runtime: it must be built again."""
+
+
 class EngineInputError(EngineError):
     """An engine was called with arrays that it does not take."""
 

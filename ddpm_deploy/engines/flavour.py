@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 from importlib import util
+from pathlib import Path
 from types import ModuleType
 
 from ddpm_deploy.engines.plan import LABELS, Flavour
@@ -16,6 +18,22 @@ def installed() -> list[Flavour]:
     """Returns the flavours whose packages are there, without importing them."""
     flavours: list[Flavour] = ["tensorrt", "tensorrt_rtx"]
     return [flavour for flavour in flavours if util.find_spec(flavour) is not None]
+
+
+def installed_version(flavour: Flavour) -> str | None:
+    """Returns an installed flavour's version without importing it; None where nothing tells.
+
+    It is the literal in the file that gives the module its `__version__`. A distribution's metadata
+    would do for wheels, but JetPack's packages need not carry any.
+    """
+    for module in (flavour, f"{flavour}_bindings"):
+        spec = util.find_spec(module)
+        if spec is None or spec.origin is None:
+            continue
+        text = Path(spec.origin).read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE):
+            return found[1]
+    return None
 
 
 def load(flavour: Flavour) -> ModuleType:

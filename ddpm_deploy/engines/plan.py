@@ -177,20 +177,21 @@ def read_record(plan: Path) -> PlanRecord:
         raise EngineError(
             f"{plan} has {size:,} bytes; its sidecar says {record.plan_bytes:,}. It was cut short, "
             "or the sidecar belongs to another plan.",
-            hint=f"Copy both files again. {_again(record, rebuild)}",
+            hint=f"Copy both files again. {rebuild_hint(record, plan)}",
         )
     digest = sha256(plan)
     if digest != record.plan_sha256:
         raise EngineError(
             f"{plan} is not the plan of {path.name}: its SHA-256 is {digest[:12]}…, the sidecar "
             f"says {record.plan_sha256[:12]}…. It was changed, or the sidecar belongs to another.",
-            hint=f"Copy both files again. {_again(record, rebuild)}",
+            hint=f"Copy both files again. {rebuild_hint(record, plan)}",
         )
     return record
 
 
-def _again(record: PlanRecord, otherwise: str) -> str:
-    return f"Build it again: {record.command}" if record.command else otherwise
+def rebuild_hint(record: PlanRecord, plan: Path) -> str:
+    """Returns what to type to build a plan again."""
+    return f"Build it again: {record.command or f'ddpm-deploy build --fp16 -o {plan}'}"
 
 
 def _parse(path: Path) -> PlanRecord:

@@ -1,0 +1,147 @@
+"""Whether a plan runs here: its sidecar compared with the runtime and the device.
+
+Nothing here loads a plan or a runtime. Each difference has a message of its own, since each has
+another remedy.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm_deploy.engines.flavour import installed, installed_version
+from ddpm_deploy.engines.plan import LABELS, Flavour, PlanRecord, read_record, rebuild_hint
+from ddpm_deploy.errors import PlanMismatchError
+
+AMPERE = "8.0"
+"""The compute capability from which on a plan runs that names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtimes:
+    """What could run a plan here.
+
+    Attributes:
+        versions: The installed flavours, and the version of each; None where nothing tells.
+        platform: System and processor: `Linux x86_64`.
+    """
+
+    versions: Mapping[Flavour, str | None]
+    platform: str
+
+    @classmethod
+    def here(cls) -> Runtimes:
+        """Looks at this machine, importing nothing."""
+        versions = {flavour: installed_version(flavour) for flavour in installed()}
+        return cls(versions=versions, platform=f"{platform.system()} {platform.machine()}")
+
+
+def checked_record(plan: Path) -> PlanRecord:
+    """Reads a plan's sidecar and compares it with the plan and with what is installed here.
+
+    Raises:
+        EngineError: Plan or sidecar is missing, damaged, or they do not belong together.
+        PlanMismatchError: As from `check_runtime`.
+    """
+    record = read_record(plan)
+    check_runtime(plan, record, Runtimes.here())
+    return record
+
+
+def check_runtime(plan: Path, record: PlanRecord, runtimes: Runtimes) -> None:
+    """Compares a plan with what is installed.
+
+    Raises:
+        PlanMismatchError: It was built for another system or processor, by a flavour that is not
+            here, or by a version that this one does not read.
+    """
+    again = rebuild_hint(record, plan)
+    if not _same_platform(record, runtimes.platform):
+        raise PlanMismatchError(
+            f"{plan} was built on {record.platform}; this is {runtimes.platform}.", hint=again
+        )
+    if record.flavour not in runtimes.versions:
+        here = " and ".join(_labelled(*pair) for pair in runtimes.versions.items())
+        raise PlanMismatchError(
+            f"{plan} was built by {record.runtime}, which is not installed here; "
+            f"there is {here or 'no TensorRT'}.",
+            hint=f"Install {LABELS[record.flavour]} {record.version}. {again}",
+        )
+    version = runtimes.versions[record.flavour]
+    if version is not None:
+        check_version(plan, record, version)
+
+
+def check_version(plan: Path, record: PlanRecord, version: str) -> None:
+    """Compares a plan with its flavour's version: the same, or later where it was built for that.
+
+    Raises:
+        PlanMismatchError: It does not read this plan.
+    """
+    again = rebuild_hint(record, plan)
+    label = LABELS[record.flavour]
+    if record.version_compatible and _numbers(version) >= _numbers(record.version):
+        return
+    if record.version_compatible:
+        raise PlanMismatchError(
+            f"{plan} runs in {record.runtime} and later; here is {label} {version}.", hint=again
+        )
+    if version != record.version:
+        raise PlanMismatchError(
+            f"{plan} was built by {record.runtime} and loads in no other version; "
+            f"here is {label} {version}.",
+            hint=again,
+        )
+
+
+def check_device(plan: Path, record: PlanRecord, name: str, capability: str) -> None:
+    """Compares a plan with a GPU.
+
+    Args:
+        plan: For messages.
+        record: Its sidecar.
+        name: The GPU's name.
+        capability: Its compute capability: `8.6`.
+
+    Raises:
+        PlanMismatchError: It is for GPUs of another compute capability, or for one other GPU.
+    """
+    again = rebuild_hint(record, plan)
+    # A hardware-compatible plan says where it was built, and runs from Ampere on.
+    named = () if record.hardware_compatible else record.compute_capabilities
+    if named and capability not in named:
+        raise PlanMismatchError(
+            f"{plan} is for compute capability {', '.join(named)}; this {name} has {capability}.",
+            hint=again,
+        )
+    if not named and _numbers(capability) < _numbers(AMPERE):
+        raise PlanMismatchError(
+            f"{plan} is for compute capability {AMPERE} and later; this {name} has {capability}.",
+            hint=again
+            if record.flavour == "tensorrt"
+            else f"{again} --compute-capability {capability}",
+        )
+    # TensorRT times kernels on one GPU; another model of the same capability has others. A plan of
+    # TensorRT-RTX has no device: its kernels are chosen where it runs.
+    if record.device and record.device != name and not record.hardware_compatible:
+        raise PlanMismatchError(
+            f"{plan} was built on {record.device} and runs there alone; this is {name}.",
+            hint=again,
+        )
+
+
+def _same_platform(record: PlanRecord, here: str) -> bool:
+    """TensorRT-RTX's plans do not depend on the system, only on the processor."""
+    if record.flavour == "tensorrt_rtx":
+        return record.platform.split()[-1:] == here.split()[-1:]
+    return record.platform == here
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+def _labelled(flavour: Flavour, version: str | None) -> str:
+    return f"{LABELS[flavour]} {version or '(version unknown)'}"
