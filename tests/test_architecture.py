@@ -20,6 +20,7 @@ from tests.support import tiny_spec, write_graph
 PACKAGE = Path(ddpm_deploy.__file__).parent
 
 HEAVY = {
+    "cuda",
     "lightning_fabric",
     "onnx",
     "onnxruntime",
@@ -56,6 +57,7 @@ ROOMS_OF = {
     "export": {"onnx"},  # the passes, which a device without torch runs
     "export.check": {"torch"},
     "export.to_onnx": {"torch", "onnx"},
+    "engines.cuda": {"cuda"},
     "engines.ort": {"onnxruntime"},
     "engines.pytorch": {"torch"},
     "engines.openvino": {"openvino"},
