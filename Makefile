@@ -23,6 +23,16 @@ $(DEVICE)/.installed: pyproject.toml constraints.txt
 	$(DEVICE)/bin/python -m pip $(INSTALL) -e '.[cpu]'
 	touch $@
 
+# TensorRT's Python bindings, for the test that compares our names with them. A release without a
+# wheel for this Python is left out, and the test says that it was.
+.bindings/.downloaded: tests/engines/bindings.txt $(VENV)/.installed
+	mkdir -p .bindings
+	grep '^[a-z]' $< | while read -r release; do \
+		$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+			--only-binary :all: -d .bindings "$$release" || echo "no wheel of $$release here"; \
+	done
+	touch $@
+
 demo: $(VENV)/.installed
 	mkdir -p $(OUT)
 	$(BIN)/ddpm-deploy export demo/digits.pt -o $(OUT)/unet.onnx
@@ -42,7 +52,7 @@ train-demo: $(VENV)/.installed
 	@echo
 	@echo "the network:   runs/digits/ckpt.pt"
 
-test: $(VENV)/.installed $(DEVICE)/.installed
+test: $(VENV)/.installed $(DEVICE)/.installed .bindings/.downloaded
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -55,4 +65,4 @@ test-slow: $(VENV)/.installed $(DEVICE)/.installed
 	DDPM_DEPLOY_DEVICE_PYTHON=$(CURDIR)/$(DEVICE)/bin/python $(BIN)/pytest -m slow
 
 clean:
-	rm -rf $(VENV) $(DEVICE) $(OUT) runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DEVICE) .bindings $(OUT) runs .mypy_cache .pytest_cache .ruff_cache

@@ -253,14 +253,15 @@ def open_engine(
     """Opens a network by its file's suffix.
 
     Args:
-        path: `.onnx` for ONNX Runtime, a checkpoint (`.pt`, `.pth`, `.ckpt`) for PyTorch, the
-            reference.
+        path: `.onnx` for ONNX Runtime, `.plan` for TensorRT, a checkpoint (`.pt`, `.pth`, `.ckpt`)
+            for PyTorch, the reference.
         threads: CPU threads for one call; the runtime's own choice when None.
         device: `cpu`, `cuda`, or `auto` for CUDA where the runtime has it.
         spec: What the network is, for a checkpoint that does not say; ignored for other files.
 
     Raises:
         EngineError: The file is missing, damaged or of an unknown kind, or the device is not there.
+        PlanMismatchError: The plan is for another machine, or another version of its runtime.
         SpecError: The file carries no spec that this release reads.
         CheckpointError: The checkpoint is not a network that this release knows.
         MissingDependencyError: The runtime is not installed.
@@ -287,10 +288,13 @@ def open_engine(
                 from ddpm_deploy.engines.ort import OrtEngine  # noqa: PLC0415
             return OrtEngine(path, threads=threads, device=device)
         case ".plan":
-            raise EngineError(
-                f"{path} is a TensorRT plan; this release runs ONNX files and checkpoints.",
-                hint="Run the exported network instead: --engine unet.onnx",
-            )
+            from ddpm_deploy.engines.flavour import EXTRAS  # noqa: PLC0415
+            from ddpm_deploy.engines.match import checked_record  # noqa: PLC0415
+
+            record = checked_record(path)  # before anything that runs it is imported
+            with needs("cuda-bindings", extra=EXTRAS[record.flavour]):
+                from ddpm_deploy.engines.trt import TrtEngine  # noqa: PLC0415
+            return TrtEngine.open(path, record, device=device)
         case _:
             with needs("torch", extra="export"):
                 from ddpm_deploy.engines.pytorch import TorchEngine  # noqa: PLC0415

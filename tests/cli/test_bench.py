@@ -104,7 +104,7 @@ def test_images_a_second_count_each_engine_s_own_steps() -> None:
     ("arguments", "message"),
     [
         (["-e", "missing.onnx"], "There is no file missing.onnx."),
-        (["-e", "unet.plan"], "unet.plan is a TensorRT plan"),
+        (["-e", "unet.plan"], "There is no file unet.plan"),
         (["--against", "other.onnx"], "other.onnx is no checkpoint, so it has no loop in PyTorch."),
         (["--against", "missing.pt"], "There is no file missing.pt."),
         (["--against", "ckpt.pt", "--device", "cuda"], "has no CUDA"),

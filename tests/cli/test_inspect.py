@@ -76,7 +76,7 @@ def test_an_observation_has_no_classes() -> None:
     ("file", "message"),
     [
         ("missing.onnx", "There is no file missing.onnx."),
-        ("unet.plan", "unet.plan is a TensorRT plan"),
+        ("unet.plan", "There is no file unet.plan"),
         ("bare.onnx", "bare.onnx carries no ddpm-deploy spec"),
         ("text.pt", "text.pt is damaged, or is no checkpoint"),
         (".", ". is a folder; an engine is a file"),

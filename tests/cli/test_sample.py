@@ -201,7 +201,7 @@ def test_labels_and_guidance_reach_the_network() -> None:
     ("arguments", "message"),
     [
         (["-e", "missing.onnx"], "There is no file missing.onnx."),
-        (["-e", "unet.plan"], "unet.plan is a TensorRT plan; this release runs ONNX files"),
+        (["-e", "unet.plan"], "There is no file unet.plan"),
         (["-e", "notes.txt"], "notes.txt is not an engine: its suffix is '.txt'."),
         (["-e", "."], ". is a folder; an engine is a file."),
         (["-e", "garbage.onnx"], "cannot load garbage.onnx"),
