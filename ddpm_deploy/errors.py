@@ -42,7 +42,17 @@ class EngineBuildError(EngineError):
 
 
 class PlanMismatchError(EngineError):
-    """A plan is whole, but for another machine or another runtime: it must be built again."""
+    """A plan is whole, but for another machine or another runtime: it must be built again.
+
+    Args:
+        message: What differs, with the values.
+        command: What to type to build it again for this machine.
+        first: What to do before, as a sentence; empty where the command is enough.
+    """
+
+    def __init__(self, message: str, *, command: str, first: str = "") -> None:
+        super().__init__(message, hint=f"{first} Build it again: {command}".lstrip())
+        self.command = command
 
 
 class EngineInputError(EngineError):

@@ -117,7 +117,7 @@ class Cuda:
         _call(cudart.cudaSetDevice, number)
         (properties,) = _call(cudart.cudaGetDeviceProperties, number)
         device = Device(
-            name=properties.name.decode(),
+            name=properties.name.split(b"\0")[0].decode(errors="replace"),
             compute_capability=f"{properties.major}.{properties.minor}",
             memory=int(properties.totalGlobalMem),
             integrated=bool(properties.integrated),

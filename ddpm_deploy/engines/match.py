@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_deploy.engines.flavour import installed, installed_version
-from ddpm_deploy.engines.plan import LABELS, Flavour, PlanRecord, read_record, rebuild_hint
+from ddpm_deploy.engines.plan import LABELS, Flavour, PlanRecord, read_record, rebuild_command
 from ddpm_deploy.errors import PlanMismatchError
 
 AMPERE = "8.0"
@@ -57,17 +57,18 @@ def check_runtime(plan: Path, record: PlanRecord, runtimes: Runtimes) -> None:
         PlanMismatchError: It was built for another system or processor, by a flavour that is not
             here, or by a version that this one does not read.
     """
-    again = rebuild_hint(record, plan)
+    again = rebuild_command(record, plan)
     if not _same_platform(record, runtimes.platform):
         raise PlanMismatchError(
-            f"{plan} was built on {record.platform}; this is {runtimes.platform}.", hint=again
+            f"{plan} was built on {record.platform}; this is {runtimes.platform}.", command=again
         )
     if record.flavour not in runtimes.versions:
         here = " and ".join(_labelled(*pair) for pair in runtimes.versions.items())
         raise PlanMismatchError(
             f"{plan} was built by {record.runtime}, which is not installed here; "
             f"there is {here or 'no TensorRT'}.",
-            hint=f"Install {LABELS[record.flavour]} {record.version}. {again}",
+            command=again,
+            first=f"Install {LABELS[record.flavour]} {record.version}.",
         )
     version = runtimes.versions[record.flavour]
     if version is not None:
@@ -80,19 +81,19 @@ def check_version(plan: Path, record: PlanRecord, version: str) -> None:
     Raises:
         PlanMismatchError: It does not read this plan.
     """
-    again = rebuild_hint(record, plan)
+    again = rebuild_command(record, plan)
     label = LABELS[record.flavour]
     if record.version_compatible and _numbers(version) >= _numbers(record.version):
         return
     if record.version_compatible:
         raise PlanMismatchError(
-            f"{plan} runs in {record.runtime} and later; here is {label} {version}.", hint=again
+            f"{plan} runs in {record.runtime} and later; here is {label} {version}.", command=again
         )
     if version != record.version:
         raise PlanMismatchError(
             f"{plan} was built by {record.runtime} and loads in no other version; "
             f"here is {label} {version}.",
-            hint=again,
+            command=again,
         )
 
 
@@ -108,27 +109,27 @@ def check_device(plan: Path, record: PlanRecord, name: str, capability: str) -> 
     Raises:
         PlanMismatchError: It is for GPUs of another compute capability, or for one other GPU.
     """
-    again = rebuild_hint(record, plan)
+    again = rebuild_command(record, plan)
+    if record.flavour == "tensorrt_rtx":  # its plans are for the capabilities that are named
+        again = f"{again} --compute-capability {capability}"
     # A hardware-compatible plan says where it was built, and runs from Ampere on.
     named = () if record.hardware_compatible else record.compute_capabilities
     if named and capability not in named:
         raise PlanMismatchError(
             f"{plan} is for compute capability {', '.join(named)}; this {name} has {capability}.",
-            hint=again,
+            command=again,
         )
     if not named and _numbers(capability) < _numbers(AMPERE):
         raise PlanMismatchError(
             f"{plan} is for compute capability {AMPERE} and later; this {name} has {capability}.",
-            hint=again
-            if record.flavour == "tensorrt"
-            else f"{again} --compute-capability {capability}",
+            command=again,
         )
     # TensorRT times kernels on one GPU; another model of the same capability has others. A plan of
     # TensorRT-RTX has no device: its kernels are chosen where it runs.
     if record.device and record.device != name and not record.hardware_compatible:
         raise PlanMismatchError(
             f"{plan} was built on {record.device} and runs there alone; this is {name}.",
-            hint=again,
+            command=again,
         )
 
 

@@ -189,9 +189,14 @@ def read_record(plan: Path) -> PlanRecord:
     return record
 
 
-def rebuild_hint(record: PlanRecord, plan: Path) -> str:
+def rebuild_command(record: PlanRecord, plan: Path) -> str:
     """Returns what to type to build a plan again."""
-    return f"Build it again: {record.command or f'ddpm-deploy build --fp16 -o {plan}'}"
+    return record.command or f"ddpm-deploy build --fp16 -o {plan}"
+
+
+def rebuild_hint(record: PlanRecord, plan: Path) -> str:
+    """Returns the same as a sentence."""
+    return f"Build it again: {rebuild_command(record, plan)}"
 
 
 def _parse(path: Path) -> PlanRecord:

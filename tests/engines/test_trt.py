@@ -217,7 +217,9 @@ def test_a_stepper_refuses_what_does_not_fit(opened: Open) -> None:
     row = engine.spec.table("ddpm")[0]
     x, _, y = _inputs(4)
     with engine.stepper(4) as stepper:
-        with pytest.raises(EngineInputError, match=r"x is float32 \(3, 1, 8, 8\); this engine takes"):
+        with pytest.raises(
+            EngineInputError, match=r"x is float32 \(3, 1, 8, 8\); this engine takes"
+        ):
             stepper.start(x[:3], {"y": y[:3]})
         with pytest.raises(EngineInputError, match="The conditions given are none"):
             stepper.start(x, {})
