@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.engines.batches import Cut, cut
 from ddpm_deploy.engines.cuda import Cuda
 from ddpm_deploy.engines.device_stepper import DeviceStepper
-from ddpm_deploy.engines.launch import Binding, Call, Graphs, Network
+from ddpm_deploy.engines.launch import Binding, Call, Graphs, Launch, Network
 from ddpm_deploy.engines.match import check_device, check_version
 from ddpm_deploy.engines.plan import LABELS, PlanRecord, rebuild_hint
 from ddpm_deploy.engines.runtime_cache import RuntimeCache
@@ -102,6 +103,34 @@ class TrtEngine(Engine):
         if not self.fused:
             return super().stepper(n)
         return DeviceStepper(self, cut(n, self.record), self._bind, self._graphs)
+
+    def network_seconds(self, batch: int, *, repeat: int = 50) -> float:
+        """Measures the network alone: calls in a row on the device, nothing copied between them.
+
+        Args:
+            batch: Samples, in as many parts as the profiles want.
+            repeat: Times that it is taken the mean of, after two that are not counted.
+
+        Returns:
+            Seconds for the whole batch.
+        """
+        at = cut(batch, self.record)
+        binding = self._bind(at)
+        launch = Launch(
+            self._cuda, self._stream, lambda: self._network.enqueue(self._stream), self._graphs
+        )
+        parts = len(list(at.slices()))
+        try:
+            for _ in range(2):
+                launch()
+            self._cuda.synchronise(binding.stream)
+            start = time.perf_counter()
+            for _ in range(repeat * parts):
+                launch()
+            self._cuda.synchronise(binding.stream)
+            return (time.perf_counter() - start) / repeat
+        finally:
+            launch.close()
 
     def describe(self) -> dict[str, Any]:
         """Returns what identifies the runtime, for reports."""

@@ -95,6 +95,13 @@ def test_a_call_is_one_launch_from_the_second_of_its_batch_on(opened: Open) -> N
     assert engine.describe()["cuda_graph"] == "on"
 
 
+def test_the_network_alone_is_timed_without_copies(opened: Open) -> None:
+    engine, cuda, network = opened()
+    assert engine.network_seconds(20, repeat=5) > 0
+    assert network.calls == 2 + 5 * 3  # 20 samples are three calls of 7
+    assert "copy" not in cuda.calls
+
+
 def test_where_host_and_device_share_memory_nothing_is_copied(opened: Open) -> None:
     engine, cuda, _ = opened(integrated=True)
     x, t, y = _inputs(4)
