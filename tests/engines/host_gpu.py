@@ -174,6 +174,7 @@ class HostNetwork:
         self.bound: list[tuple[int, int]] = []
         self.calls = 0
         self.kept = 0
+        self.fed: dict[str, np.ndarray] = {}
         self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._addresses: Mapping[str, int] = {}
 
@@ -203,6 +204,10 @@ class HostNetwork:
         def work() -> None:
             self.calls += 1
             fed = {name: at(name, shape) for name, shape in shapes.items()}
+            self.fed = {name: value.copy() for name, value in fed.items()}
+            assert not any(np.isnan(value).any() for value in fed.values()), (
+                "nobody filled an input"
+            )
             conditions = {c.name: fed[c.name] for c in self.engine.spec.conditions}
             out = self.engine(fed["x"], fed["t"].astype(np.int64), **conditions)
             at("out", out.shape)[:] = out

@@ -84,6 +84,16 @@ def test_a_batch_above_the_largest_profile_is_cut_into_equal_calls(opened: Open)
     assert network.calls == 3 + 1 + 3 + 1
 
 
+@pytest.mark.parametrize("integrated", [False, True])
+def test_padding_is_zeros_whatever_stood_there(opened: Open, integrated: bool) -> None:
+    engine, _, network = opened("4", integrated=integrated)
+    for batch in (4, 3):
+        x, t, y = _inputs(batch)
+        engine(x, t + 1, y=y)
+    assert [value[3:].any() for value in network.fed.values()] == [False, False, False]
+    assert [value[:3].any() for value in network.fed.values()] == [True, True, True]
+
+
 def test_a_call_is_one_launch_from_the_second_of_its_batch_on(opened: Open) -> None:
     engine, cuda, _ = opened()
     x, t, y = _inputs(4)
@@ -202,10 +212,11 @@ def test_steps_are_given_without_waiting_until_both_slots_are_in_use(opened: Ope
         assert cuda.calls == ["wait", "launch"]
 
 
-def test_another_batch_in_between_leaves_the_state_of_a_stepper_alone(
-    opened: Open, graph: Path
+@pytest.mark.parametrize("integrated", [False, True])
+def test_calls_in_between_leave_the_state_of_a_stepper_alone(
+    opened: Open, graph: Path, integrated: bool
 ) -> None:
-    engine, _, _ = opened("1:4:8", fused=True)
+    engine, _, _ = opened("1:4:8", fused=True, integrated=integrated)
     table = engine.spec.table("ddpm")
     noise = SeededNoise(3, range(4), engine.spec.sample_shape)
     y = _inputs(4)[2]
