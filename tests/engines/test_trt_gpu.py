@@ -19,7 +19,9 @@ from ddpm_deploy.engines.cuda import Cuda
 from ddpm_deploy.engines.flavour import installed, load
 from ddpm_deploy.engines.match import Runtimes, checked_record
 from ddpm_deploy.engines.plan import Flavour, PlanRecord, Profile, read_record
+from ddpm_deploy.engines.runtime_cache import RuntimeCache
 from ddpm_deploy.engines.trt import TrtEngine
+from ddpm_deploy.engines.trt_network import TrtNetwork
 from ddpm_deploy.errors import EngineError, PlanMismatchError
 from ddpm_deploy.export.fuse_step import fuse_step
 from ddpm_deploy.export.to_onnx import export_network
@@ -113,6 +115,17 @@ def test_a_plan_built_without_a_gpu_says_that_it_wants_one(ahead_of_time: Path) 
         pytest.skip("there is a GPU")
     with pytest.raises(EngineError, match="The device is 'cpu'; a plan runs on a GPU alone"):
         open_engine(ahead_of_time, device="cpu")
+
+
+def test_what_the_runtime_says_against_a_plan_reaches_the_user(ahead_of_time: Path) -> None:
+    cut_short = ahead_of_time.with_name("short.plan")
+    cut_short.write_bytes(ahead_of_time.read_bytes()[:1000])
+    cache = RuntimeCache(cut_short, {})
+    # Without a GPU the runtime complains of that, with one of the plan: either way it says why.
+    with pytest.raises(EngineError, match=r"cannot load .*short\.plan: ") as caught:
+        TrtNetwork(load("tensorrt_rtx"), cut_short, read_record(ahead_of_time), cache)
+    assert "it gives no reason" not in str(caught.value)
+    assert "Build it again: ddpm-deploy build unet.onnx --fp32" in caught.value.hint
 
 
 def test_a_built_plan_is_refused_by_another_version(
