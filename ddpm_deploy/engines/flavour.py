@@ -42,19 +42,23 @@ def load(flavour: Flavour) -> ModuleType:
     Raises:
         MissingDependencyError: It is not installed, or its libraries cannot be loaded.
     """
-    label, extra = LABELS[flavour], EXTRAS[flavour]
+    require(flavour)
     try:
         return importlib.import_module(flavour)
     except ImportError as error:
-        if flavour not in installed():
-            raise MissingDependencyError(
-                f"{label} is needed here, and the module {flavour} is not installed.",
-                hint=_how_to_install(extra),
-            ) from error
         raise MissingDependencyError(
-            f"{label} is installed, but cannot be loaded: {error}",
+            f"{LABELS[flavour]} is installed, but cannot be loaded: {error}",
             hint="See ddpm-deploy doctor.",
         ) from error
+
+
+def require(flavour: Flavour) -> None:
+    """Raises MissingDependencyError where a flavour is not installed; imports nothing."""
+    if flavour not in installed():
+        raise MissingDependencyError(
+            f"{LABELS[flavour]} is needed here, and the module {flavour} is not installed.",
+            hint=_how_to_install(EXTRAS[flavour]),
+        )
 
 
 def _how_to_install(extra: str) -> str:

@@ -81,6 +81,8 @@ class PlanRecord:
         profiles: Batches that it takes.
         precision: `fp16`, `bf16` or `fp32`.
         precision_groups: How many layers compute in what, and why: group to sentence.
+        layers: How many layers of a kind TensorRT made of the graph: `CONVOLUTION HALF` to their
+            number; the second word is the type of what they give.
         fused_step: Whether the transition stands behind the network: inputs `row` and `z`, output
             `x_s`.
         hardware_compatible: Whether it runs on other GPUs than `device`.
@@ -105,6 +107,7 @@ class PlanRecord:
     profiles: tuple[Profile, ...]
     precision: str
     precision_groups: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, int] = field(default_factory=dict)
     fused_step: bool = False
     hardware_compatible: bool = False
     version_compatible: bool = False
