@@ -14,6 +14,7 @@ import pytest
 
 import ddpm_deploy
 from ddpm_deploy.cli.app import COMMANDS
+from ddpm_deploy.engines.flavour import installed
 from tests.commands import finish, start
 from tests.support import tiny_spec, write_graph
 
@@ -26,6 +27,7 @@ HEAVY = {
     "onnxruntime",
     "onnxscript",
     "openvino",
+    "polygraphy",
     "safetensors",
     "sklearn",
     "tensorboard",
@@ -42,6 +44,7 @@ ARROWS = {
     "export": {"export"},
     "export.calibrate": {"export", "engines"},
     "export.check": {"export", "model", "engines"},
+    "export.prepare": {"export", "engines"},  # the passes in a row, for a plan
     "export.to_onnx": {"export", "model", "engines"},
     "engines": {"engines"},
     "engines.base": {"engines"},
@@ -61,12 +64,14 @@ ROOMS_OF = {
     "engines.ort": {"onnxruntime"},
     "engines.pytorch": {"torch"},
     "engines.openvino": {"openvino"},
+    "engines.trt_worker": {"polygraphy"},
 }
 
 INSIDE_FUNCTIONS = {
     # Deliberate: a file that only sometimes needs the package asks for it then.
     ("cli.export", "onnxruntime"): "the check needs it, and says so before the work",
     ("data", "sklearn"): "the digits",
+    ("engines.device", "cuda"): "what describes a GPU is of use where none can be asked",
     ("model.checkpoint", "safetensors"): "files of that kind",
 }
 
@@ -212,6 +217,14 @@ def test_a_device_needs_neither_torch_nor_onnx(
     for name in ("unet.onnx", "same.onnx"):
         write_graph(Path(name), tiny_spec())
     assert python(WITHOUT, *command.split())
+
+
+@pytest.mark.skipif("tensorrt_rtx" not in installed(), reason="tensorrt_rtx is not installed")
+def test_a_plan_is_built_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_graph(Path("unet.onnx"), tiny_spec())
+    code = WITHOUT.replace('"onnx", ', "")
+    assert python(code, "build", "unet.onnx", "--fp16", "--runtime", "rtx") == "unet.plan\n"
 
 
 def test_without_torch_the_commands_that_need_it_say_so(tmp_path: Path) -> None:

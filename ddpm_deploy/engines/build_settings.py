@@ -30,6 +30,7 @@ class BuildSettings:
         flavour: The runtime that builds it, and will run it.
         precision: Of the network's arithmetic.
         profiles: Batches that it takes.
+        fuse_step: Whether the sampler's step stands behind the network.
         compute_capabilities: GPUs that it is for, such as `8.6`; empty for the flavour's default.
             TensorRT-RTX alone.
         workspace: Most scratch memory of one layer, in MiB; the device's memory when None.
@@ -45,6 +46,7 @@ class BuildSettings:
     flavour: Flavour
     precision: Precision
     profiles: tuple[Profile, ...]
+    fuse_step: bool = False
     compute_capabilities: tuple[str, ...] = ()
     workspace: int | None = None
     optimization_level: int | None = None
@@ -100,6 +102,8 @@ class BuildSettings:
         """Returns what to type for this build."""
         words = ["ddpm-deploy", "build", str(graph), f"--{self.precision}"]
         words += ["--runtime", RUNTIME_NAMES[self.flavour]]
+        if self.fuse_step:
+            words.append("--fuse-step")
         for profile in self.profiles:
             words += ["--batch", str(profile)]
         for capability in self.compute_capabilities:

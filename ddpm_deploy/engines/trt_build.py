@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import ddpm_deploy
 from ddpm_deploy._version import __version__
@@ -35,6 +35,7 @@ from ddpm_deploy.errors import (
     SpecError,
 )
 from ddpm_deploy.files import sha256, whole_file
+from ddpm_deploy.fused import COLUMNS
 from ddpm_deploy.spec import ModelSpec
 
 WORKER = ("-m", "ddpm_deploy.engines.trt_worker")
@@ -48,6 +49,9 @@ _DTYPES = {
     **{"INT8": "int8", "UINT8": "uint8", "BOOL": "bool"},
 }
 """TensorRT's words for NumPy's types."""
+
+_Inputs: TypeAlias = dict[str, tuple[str, tuple[int | str, ...]]]
+"""Name to dtype and shape."""
 
 _KEY = (
     *("graph_sha256", "flavour", "version", "platform", "device", "compute_capabilities"),
@@ -203,6 +207,7 @@ def _wanted(
         compute_capabilities=capabilities,
         profiles=settings.profiles,
         precision=settings.precision,
+        fused_step=settings.fuse_step,
         hardware_compatible=settings.hardware_compatible,
         version_compatible=settings.version_compatible,
         options=settings.options,
@@ -222,13 +227,20 @@ def _check_memory(prepared: Prepared, worker: _Worker, settings: BuildSettings) 
     )
 
 
-def _check_inputs(graph: Path, spec: ModelSpec, given: Mapping[str, Sequence[Any]]) -> None:
+def _check_inputs(
+    graph: Path, spec: ModelSpec, given: Mapping[str, Sequence[Any]], *, fused: bool
+) -> None:
     """Compares the parsed network's inputs with what the spec says; the first axis is the batch."""
-    wanted = {"x": ("float32", spec.sample_shape), "t": ("int64", ())}
-    wanted |= {c.name: (c.dtype, c.shape) for c in spec.conditions}
-    found = {
-        name: (_DTYPES.get(dtype, dtype), tuple(shape[1:]))
-        for name, (dtype, shape) in given.items()
+    wanted: _Inputs = {"x": ("float32", ("N", *spec.sample_shape)), "t": ("int64", ("N",))}
+    wanted |= {c.name: (c.dtype, ("N", *c.shape)) for c in spec.conditions}
+    if fused:
+        wanted |= {"row": ("float32", (len(COLUMNS),)), "z": wanted["x"]}
+    found: _Inputs = {
+        name: (
+            _DTYPES.get(dtype, dtype),
+            tuple(sizes) if fused and name == "row" else ("N", *sizes[1:]),
+        )
+        for name, (dtype, sizes) in given.items()
     }
     if found != wanted:
         raise SpecError(
@@ -237,9 +249,9 @@ def _check_inputs(graph: Path, spec: ModelSpec, given: Mapping[str, Sequence[Any
         )
 
 
-def _listed(inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+def _listed(inputs: _Inputs) -> str:
     return ", ".join(
-        f"{name} {dtype} ({', '.join(['N', *map(str, shape)])})"
+        f"{name} {dtype} ({', '.join(map(str, shape))})"
         for name, (dtype, shape) in sorted(inputs.items())
     )
 
@@ -379,7 +391,7 @@ class _Worker:
                 hardware_compatible=settings.hardware_compatible,
             )
             parsed = self._hear("parsed", look)
-            _check_inputs(graph, spec, parsed["inputs"])
+            _check_inputs(graph, spec, parsed["inputs"], fused=settings.fuse_step)
             seconds = self._hear("built", look)["seconds"]
             if cache is not None and new.is_file():
                 with whole_file(cache) as partial:

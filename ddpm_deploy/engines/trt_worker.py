@@ -167,24 +167,24 @@ def _configure(
 
 
 def _profile(network: Any, batches: Profile) -> Any:
-    """Returns polygraphy's profile: every input's first axis is the batch, the others are fixed."""
+    """Returns polygraphy's profile: the first axis, where it is free, is the batch."""
     profile = polygraphy_trt.Profile()
     for number in range(network.num_inputs):
         entry = network.get_input(number)
-        fixed, *rest = entry.shape
+        first, *rest = entry.shape
         if -1 in rest:
             raise EngineBuildError(
                 f"The input {entry.name} is {tuple(entry.shape)}: an axis besides the batch is "
                 "free.",
                 hint="Export it again with fixed sizes: ddpm-deploy export CHECKPOINT",
             )
-        if fixed != -1 and not fixed == batches.least == batches.most:
+        if entry.name == "x" and first != -1 and not first == batches.least == batches.most:
             raise EngineBuildError(
-                f"The graph takes batches of {fixed} alone; the profile is {batches}.",
-                hint=f"Type --batch {fixed}, or export it with a free batch.",
+                f"The graph takes batches of {first} alone; the profile is {batches}.",
+                hint=f"Type --batch {first}, or export it with a free batch.",
             )
-        shapes = [(size, *rest) for size in (batches.least, batches.best, batches.most)]
-        profile.add(entry.name, *shapes)
+        sizes = (batches.least, batches.best, batches.most) if first == -1 else (first,) * 3
+        profile.add(entry.name, *((size, *rest) for size in sizes))
     return profile
 
 

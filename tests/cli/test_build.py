@@ -26,11 +26,12 @@ def build(*arguments: object) -> Outcome:
     return run("build", *arguments)
 
 
-def test_without_tensorrt_the_engine_is_onnx_runtime_s_and_the_command_says_so() -> None:
+def test_without_a_precision_the_engine_is_onnx_runtime_s_and_the_command_says_so() -> None:
     outcome = build()
     assert (outcome.code, outcome.out) == (0, "unet.ort.onnx\n")
     assert outcome.err.startswith("built for onnxruntime 1.")
-    assert "CPU in float32 (this release has no TensorRT): the same as unet.onnx; " in outcome.err
+    assert "CPU in float32 (for a TensorRT plan name its precision: --fp16): " in outcome.err
+    assert ": the same as unet.onnx; " in outcome.err
     assert sorted(contents(Path())) == ["unet.onnx", "unet.ort.onnx"]
 
 
@@ -57,8 +58,9 @@ def test_json_has_the_measurements() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--fp16"], "--fp16 needs a TensorRT plan, which this release does not build yet."),
-        (["-o", "unet.plan"], "unet.plan is the name of a TensorRT plan, which this release does"),
+        (["--fp16", "--runtime", "onnxruntime"], "--fp16 is for a TensorRT plan; an ONNX Runtime"),
+        (["--batch", "4"], "--batch is for a TensorRT plan."),
+        (["--force"], "--force is for a TensorRT plan."),
         (["missing.onnx"], "There is no file missing.onnx."),
         (["notes.txt"], "notes.txt is no ONNX file: its suffix is '.txt'."),
         (["garbage.onnx"], "cannot load garbage.onnx"),
@@ -78,14 +80,6 @@ def test_what_cannot_be_is_one_message_and_leaves_nothing(
     before = contents(folder)
     assert message in refusal(build(*arguments))
     assert contents(folder) == before
-
-
-def test_half_precision_ends_with_the_way_forward() -> None:
-    outcome = build("--fp16")
-    assert (
-        " hint: Build an ONNX Runtime engine in float32 instead: ddpm-deploy build unet.onnx, "
-        "then ddpm-deploy sample --engine unet.ort.onnx"
-    ) in outcome.err
 
 
 def test_a_checkpoint_is_exported_first(folder: Path) -> None:
@@ -131,7 +125,7 @@ def test_a_folder_s_name_is_no_engine_s(folder: Path) -> None:
 def test_a_fused_step_is_built_checked_and_named() -> None:
     outcome = build("--fuse-step", "-o", "fused.onnx")
     assert (outcome.code, outcome.out) == (0, "fused.onnx\n")
-    assert "CPU in float32 with its step fused (this release has no TensorRT): " in outcome.err
+    assert "CPU in float32 with its step fused (for a TensorRT plan name its " in outcome.err
     assert open_engine("fused.onnx").fused
     assert json.loads(run("inspect", "fused.onnx", "--json").out)["fused"] is True
     assert "step         fused behind the network\n" in run("inspect", "fused.onnx").out

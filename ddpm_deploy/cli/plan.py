@@ -1,0 +1,194 @@
+"""How `build` shows that a plan is being built, what came of it, and what fits less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import fill
+
+from ddpm_deploy.cli.common import note
+from ddpm_deploy.engines.build_settings import BuildSettings, Rung
+from ddpm_deploy.engines.plan import LABELS
+from ddpm_deploy.engines.trt_build import (
+    Building,
+    OutOfMemoryError,
+    PlanBuilt,
+    Prepared,
+    TooLargeError,
+    build_plan,
+)
+from ddpm_deploy.spec import ModelSpec
+
+_LINE_EVERY = 60.0
+"""Seconds between two lines about a build that goes on, where there is no terminal."""
+
+_GPUS = {
+    "7.5": "GeForce RTX 20 and GTX 16, T4",
+    "8.0": "A100, A30",
+    "8.6": "GeForce RTX 30, RTX A2000 to A6000",
+    "8.9": "GeForce RTX 40, RTX Ada, L4, L40",
+    "12.0": "GeForce RTX 50, RTX PRO Blackwell",
+    "12.1": "DGX Spark",
+}
+
+_INPUTS = {
+    "graph_sha256": "the graph",
+    "flavour": "the runtime",
+    "version": "the runtime's version",
+    "platform": "the platform",
+    "device": "the GPU",
+    "compute_capabilities": "the compute capability",
+    "profiles": "the batches",
+    "precision": "the precision",
+    "fused_step": "the step behind the network",
+    "options": "workspace or optimization level",
+    "tool": "the version of ddpm-deploy",
+}
+
+
+def make_plan(
+    graph: Path,
+    output: Path,
+    settings: BuildSettings,
+    *,
+    spec: ModelSpec,
+    prepare: Callable[[BuildSettings], Prepared],
+    force: bool,
+    retry_smaller: bool,
+) -> PlanBuilt:
+    """Builds a plan as `build_plan` does, with a clock, and tells what came of it on stderr.
+
+    Args:
+        graph: The `.onnx` file that `export` wrote.
+        output: The plan to write.
+        settings: What to build with.
+        spec: What the network is.
+        prepare: Makes the graph that TensorRT reads.
+        force: Build though nothing has changed.
+        retry_smaller: When memory runs out, go on with the next smaller build.
+
+    Raises:
+        OutOfMemoryError: Memory ran out; the hint is the ladder of smaller builds.
+    """
+    given_up: list[str] = []
+    while True:
+        try:
+            with _clock(f"building {output} in {_named(settings)}") as watch:
+                built = build_plan(
+                    graph,
+                    output,
+                    settings,
+                    spec=spec,
+                    prepare=prepare,
+                    force=force,
+                    watch=watch,
+                )
+            break
+        except OutOfMemoryError as error:
+            rungs = settings.smaller(batch_alone=isinstance(error, TooLargeError))
+            if not (retry_smaller and rungs):
+                hint = _ladder(graph, output, rungs)
+                raise OutOfMemoryError(str(error), hint=hint) from error
+            settings, gives_up = rungs[0].settings, rungs[0].gives_up
+            given_up.append(gives_up)
+            note(f"{error} Trying again without {gives_up}.")
+    _tell(built, given_up)
+    return built
+
+
+def _named(settings: BuildSettings) -> str:
+    return f"{settings.precision} with {LABELS[settings.flavour]}"
+
+
+def _ladder(graph: Path, output: Path, rungs: Sequence[Rung]) -> str:
+    if not rungs:
+        return "Close other programs or add swap; there is nothing left to give up."
+    lines = ["Close other programs or add swap. Or give something up, each line besides what"]
+    lines.append("those above it do; --retry-smaller tries them in turn:")
+    for rung in rungs:
+        lines += [f"  {rung.settings.command(graph, output)}", f"    without {rung.gives_up}"]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _clock(what: str) -> Iterator[Callable[[Building], None]]:
+    """Shows the time that went by, and what the last build took; a line a minute in a pipe.
+
+    How far a build is, TensorRT does not say, so there is no percentage.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    spoke = 0.0
+
+    def text(building: Building) -> str:
+        last = "" if building.last is None else f" (last time {_duration(building.last)})"
+        return f"{what}: {_duration(building.seconds)}{last}"
+
+    if console.is_terminal:
+        with console.status(what) as status:
+            yield lambda building: status.update(text(building))
+        return
+
+    def line(building: Building) -> None:
+        nonlocal spoke
+        if building.seconds - spoke >= _LINE_EVERY:
+            spoke = building.seconds
+            note(text(building))
+
+    yield line
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def _tell(built: PlanBuilt, given_up: Sequence[str]) -> None:
+    record = built.record
+    took = _duration(record.seconds)
+    if built.reused:
+        note(
+            f"{built.path} is up to date: graph, options, {record.runtime} and GPU are those that "
+            f"it was built with, in {took}; --force builds it again"
+        )
+    else:
+        if built.changed:
+            names = ", ".join(_INPUTS.get(name, name.replace("_", " ")) for name in built.changed)
+            note(f"it replaces a plan that differed in {names}")
+        note(
+            f"built with {record.runtime} in {record.precision} in {took}: "
+            f"{record.plan_bytes / 1e6:.1f} MB, batches {', '.join(map(str, record.profiles))}"
+        )
+        for reason, layers in record.precision_groups.items():
+            note(fill(f"{reason}: {layers}", 79, initial_indent="  ", subsequent_indent="    "))
+    if given_up:
+        note(f"it does without {', and without '.join(given_up)}")
+    note(_where(built))
+    note(f"draw images there: ddpm-deploy sample --engine {built.path}")
+
+
+def _where(built: PlanBuilt) -> str:
+    """Says which machines run a plan."""
+    record = built.record
+    if record.flavour == "tensorrt":
+        gpu = "on GPUs of Ampere and later" if record.hardware_compatible else f"on {record.device}"
+        later = " and later" if record.version_compatible else ""
+        return f"it runs {gpu}, with {record.runtime}{later}"
+    if record.compute_capabilities:
+        names = (
+            f"{capability} ({_GPUS[capability]})" if capability in _GPUS else capability
+            for capability in record.compute_capabilities
+        )
+        gpus = f"GPUs of compute capability {', '.join(names)}"
+    else:
+        gpus = "GPUs of Ampere and later (GeForce RTX 30, 40, 50)"
+    return (
+        f"it runs on {gpus}, with {record.runtime}; copy {built.path.name} and "
+        f"{built.path.name}.json there"
+    )
