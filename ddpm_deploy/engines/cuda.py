@@ -15,26 +15,8 @@ import numpy as np
 from cuda.bindings import runtime as cudart
 
 from ddpm_deploy.arrays import Array
+from ddpm_deploy.engines.device import Device
 from ddpm_deploy.errors import EngineError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """A GPU.
-
-    Attributes:
-        name: Its name, as the driver gives it.
-        compute_capability: `8.6`.
-        memory: All of its memory, in bytes.
-        integrated: Whether it shares the host's memory, as a Jetson's does.
-        driver: The latest CUDA that its driver knows: `13.0`.
-    """
-
-    name: str
-    compute_capability: str
-    memory: int
-    integrated: bool
-    driver: str
 
 
 @dataclass(eq=False)

@@ -18,12 +18,14 @@ class Device:
         compute_capability: `8.7`.
         memory: All of its memory, in bytes; of an integrated GPU, the machine's.
         integrated: Whether it shares the processor's memory, as on a Jetson.
+        driver: The latest CUDA that its driver knows: `13.0`.
     """
 
     name: str
     compute_capability: str
     memory: int
     integrated: bool
+    driver: str
 
 
 def find_device() -> Device | None:
@@ -58,6 +60,8 @@ def find_device() -> Device | None:
     check(status, "cuDeviceGetName")
     status, memory = driver.cuDeviceTotalMem(number)
     check(status, "cuDeviceTotalMem")
+    status, version = driver.cuDriverGetVersion()
+    check(status, "cuDriverGetVersion")
     values = []
     for which in (
         attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
@@ -72,4 +76,5 @@ def find_device() -> Device | None:
         compute_capability=f"{values[0]}.{values[1]}",
         memory=int(memory),
         integrated=bool(values[2]),
+        driver=f"{version // 1000}.{version % 1000 // 10}",
     )

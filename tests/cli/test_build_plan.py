@@ -226,7 +226,8 @@ def jetson(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt_build, "WORKER", (str(FAKE),))
     monkeypatch.setattr(flavour_module, "installed", lambda: ["tensorrt"])
     orin: dict[str, Any] = {"name": "Orin", "compute_capability": "8.7", "memory": 8 * 2**30}
-    told = {"device": {**orin, "integrated": True}, "then": "out of memory", "fits": ["1:1:1"]}
+    device = {**orin, "integrated": True, "driver": "12.6"}
+    told = {"device": device, "then": "out of memory", "fits": ["1:1:1"]}
     monkeypatch.setenv("FAKE_WORKER", json.dumps(told))
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_deploy import ModelSpec, open_engine
-from ddpm_deploy.engines.cuda import Buffer, Cuda, Device, Graph
+from ddpm_deploy.engines.cuda import Buffer, Cuda, Graph
+from ddpm_deploy.engines.device import Device
 from ddpm_deploy.engines.trt_network import Tensor
 from ddpm_deploy.errors import EngineError
 from ddpm_deploy.fused import COLUMNS

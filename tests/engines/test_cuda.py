@@ -12,7 +12,8 @@ pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not instal
 
 from cuda.bindings import runtime as cudart
 
-from ddpm_deploy.engines.cuda import Cuda, Device
+from ddpm_deploy.engines.cuda import Cuda
+from ddpm_deploy.engines.device import Device
 from ddpm_deploy.errors import EngineError
 
 Code = cudart.cudaError_t

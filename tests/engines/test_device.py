@@ -22,6 +22,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, *, start: Any = None) -> None:
         cuDeviceGet=lambda number: (good, number),
         cuDeviceGetName=lambda length, _: (good, b"Orin (nvgpu)".ljust(length, b"\0")),
         cuDeviceTotalMem=lambda _: (good, 7990 * 2**20),
+        cuDriverGetVersion=lambda: (good, 12060),
         cuDeviceGetAttribute=lambda which, _: (good, ORIN[int(which)]),
     )
     for name, call in vars(calls).items():
@@ -31,7 +32,11 @@ def answer(monkeypatch: pytest.MonkeyPatch, *, start: Any = None) -> None:
 def test_a_gpu_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch)
     assert find_device() == Device(
-        name="Orin (nvgpu)", compute_capability="8.7", memory=7990 * 2**20, integrated=True
+        name="Orin (nvgpu)",
+        compute_capability="8.7",
+        memory=7990 * 2**20,
+        integrated=True,
+        driver="12.6",
     )
 
 

@@ -50,6 +50,7 @@ ORIN = {
     "compute_capability": "8.7",
     "memory": 8 * 2**30,
     "integrated": True,
+    "driver": "12.6",
 }
 
 
