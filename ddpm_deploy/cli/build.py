@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ddpm_deploy.cli.common import Device, Json, Threads, note, print_json, settings
-from ddpm_deploy.errors import EngineBuildError, MissingDependencyError
+from ddpm_deploy.errors import DataError, EngineBuildError, MissingDependencyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ddpm_deploy.arrays import Samples
     from ddpm_deploy.engines.build_settings import Precision
     from ddpm_deploy.engines.plan import Flavour, Profile
     from ddpm_deploy.engines.trt_build import Prepared
+    from ddpm_deploy.export.prepare import Lowered
     from ddpm_deploy.spec import ModelSpec
+
+CALIBRATION_PICTURES = 8
 
 
 def command(
@@ -41,6 +45,19 @@ def command(
         typer.Option(
             metavar="MIN:OPT:MAX",
             help="Batches a plan takes, fastest at OPT; repeat it for several profiles.",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Most that half precision may cost, of the output's peak; fp16 5e-3."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|FILE|digits",
+            help="Pictures to measure half precision on; its own samples if left out.",
         ),
     ] = None,
     compute_capability: Annotated[
@@ -109,13 +126,23 @@ def command(
         and (precision is not None or (output is not None and output.suffix == ".plan"))
     )
     _refuse_options(ctx, as_plan=as_plan)
+    if precision not in {"fp16", "bf16"} and (budget is not None or data is not None):
+        raise EngineBuildError(
+            "--budget and --data are for half precision, which is measured before the build.",
+            hint="Leave them out, or type --fp16 or --bf16.",
+        )
     if not as_plan:
-        if precision in {"fp16", "bf16"}:
+        if precision == "bf16":
             raise EngineBuildError(
-                f"--{precision} is for a TensorRT plan; an ONNX Runtime engine is in float32.",
-                hint="Leave --runtime onnxruntime out, or the precision.",
+                "ONNX Runtime has no convolution in bfloat16.",
+                hint="Type --fp16; or build a plan: --bf16 --runtime tensorrt, or rtx",
             )
-        _build_ort(graph, output, fuse_step=fuse_step, threads=threads, device=device, json=json)
+        if precision == "fp16":
+            _build_mixed(graph, output, budget=budget, data=data, fuse=fuse_step, json=json)
+        else:
+            _build_ort(
+                graph, output, fuse_step=fuse_step, threads=threads, device=device, json=json
+            )
         return
 
     from ddpm_deploy.cli.plan import make_plan
@@ -127,13 +154,15 @@ def command(
         raise typer.BadParameter(f"{output} must end in .plan", param_hint="--output")
     flavour = _choose_flavour(runtime)
     with needs("onnx", extra="rtx" if flavour == "tensorrt_rtx" else "tensorrt"):
-        from ddpm_deploy.export.prepare import prepare_graph, read_graph
+        from ddpm_deploy.export.prepare import lower_precision, prepare_graph, read_graph
 
     spec, fused = read_graph(graph)
     chosen = BuildSettings(
         flavour=flavour,
         precision=precision or "fp32",
         profiles=_profiles(batch, spec),
+        budget=budget,
+        data=data,
         fuse_step=fuse_step or fused,
         compute_capabilities=tuple(dict.fromkeys(compute_capability or ())),
         workspace=workspace,
@@ -147,8 +176,19 @@ def command(
         place = output.with_name(name) if keep_graph else Path(folder) / name
 
         @functools.cache
+        def lowered() -> Lowered:
+            return lower_precision(
+                graph,
+                chosen.precision,
+                budget=budget,
+                data=_pictures(data, spec),
+                on_progress=note,
+            )
+
+        @functools.cache
         def prepared(profiles: tuple[Profile, ...]) -> Prepared:
-            return prepare_graph(graph, replace(chosen, profiles=profiles), place)
+            smaller = replace(chosen, profiles=profiles)
+            return prepare_graph(graph, smaller, place, lowered=lowered())
 
         built = make_plan(
             graph,
@@ -160,8 +200,8 @@ def command(
             retry_smaller=retry_smaller,
         )
     if json:
-        data = {"path": str(output), "reused": built.reused, **loads(built.record.to_json())}
-        print_json(data)
+        record = loads(built.record.to_json())
+        print_json({"path": str(output), "reused": built.reused, **record})
     else:
         typer.echo(output)
 
@@ -236,6 +276,68 @@ def _profiles(texts: list[str] | None, spec: ModelSpec) -> tuple[Profile, ...]:
         return (Profile(least=1, best=best, most=max(best, 8)),)
     with settings(hint="Type --batch 1:8:32, or one number for a plan of that batch alone."):
         return tuple(Profile.parse(text) for text in dict.fromkeys(texts))
+
+
+def _pictures(data: str | None, spec: ModelSpec) -> Samples | None:
+    """Reads what half precision is measured on: a few pictures, in the network's own range."""
+    import numpy as np
+
+    from ddpm_deploy.data import open_data
+    from ddpm_deploy.images import is_picture
+
+    if data is None:
+        return None
+    if not is_picture(spec.sample_shape):
+        raise DataError(
+            f"The samples of this network are {spec.sample_shape}: no pictures.",
+            hint="Leave --data out: half precision is then measured on the network's own samples.",
+        )
+    channels, height, width = spec.sample_shape
+    pictures = open_data(data, image_size=(height, width), channels=channels)
+    count = min(CALIBRATION_PICTURES, len(pictures))
+    chosen = np.arange(count) * len(pictures) // count
+    low, high = spec.value_range
+    return (low + (pictures.load(chosen) + 1) / 2 * (high - low)).astype(np.float32)
+
+
+def _build_mixed(
+    graph: Path,
+    output: Path | None,
+    *,
+    budget: float | None,
+    data: str | None,
+    fuse: bool,
+    json: bool,
+) -> None:
+    """Writes the graph in half precision, which every runtime reads."""
+    from ddpm_deploy.engines.base import needs
+
+    output = output or graph.with_suffix(".fp16.onnx")
+    if output.suffix != ".onnx":
+        raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
+    with needs("onnx", extra="export"):
+        from ddpm_deploy.export.fuse_step import fuse_step
+        from ddpm_deploy.export.prepare import lower_precision, read_graph, write_graph
+    if output.resolve() == graph.resolve():
+        raise EngineBuildError(
+            f"The engine would overwrite the graph it is built from, {graph}.",
+            hint="Name another file: -o unet.fp16.onnx",
+        )
+    spec, _ = read_graph(graph)
+    lowered = lower_precision(
+        graph, "fp16", budget=budget, data=_pictures(data, spec), on_progress=note
+    )
+    write_graph(fuse_step(lowered.model) if fuse else lowered.model, output)
+    if lowered.error is not None:
+        note(f"its output is at most {lowered.error:.1e} of its peak from float32's")
+    note(
+        "ONNX Runtime computes it in half precision on a GPU, and in float32 on a CPU; a plan is "
+        f"built of it as it is: ddpm-deploy build {output} --fp16"
+    )
+    if json:
+        print_json({"path": str(output), "groups": lowered.groups, "error": lowered.error})
+    else:
+        typer.echo(output)
 
 
 def _build_ort(

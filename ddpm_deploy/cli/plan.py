@@ -42,7 +42,7 @@ _INPUTS = {
     "profiles": "the batches",
     "precision": "the precision",
     "fused_step": "the step behind the network",
-    "options": "workspace or optimization level",
+    "options": "workspace, optimization level, budget or data",
     "tool": "the version of ddpm-deploy",
 }
 
@@ -165,6 +165,14 @@ def _tell(built: PlanBuilt, given_up: Sequence[str]) -> None:
             f"built with {record.runtime} in {record.precision} in {took}: "
             f"{record.plan_bytes / 1e6:.1f} MB, batches {', '.join(map(str, record.profiles))}"
         )
+        if record.precision_error is not None:
+            note(
+                f"the graph's output is at most {record.precision_error:.1e} of its peak from "
+                "float32, measured before the build"
+            )
+        if record.memory:
+            mebibytes = f"{record.memory / 2**20:,.0f} MiB"
+            note(f"a batch of {record.largest_batch} needs about {mebibytes} on the device")
         for reason, layers in record.precision_groups.items():
             note(fill(f"{reason}: {layers}", 79, initial_indent="  ", subsequent_indent="    "))
     if given_up:

@@ -30,6 +30,10 @@ class BuildSettings:
         flavour: The runtime that builds it, and will run it.
         precision: Of the network's arithmetic.
         profiles: Batches that it takes.
+        budget: Largest error of a lower precision, over the output's peak; the precision's own when
+            None.
+        data: Pictures whose noised versions the precision is measured on; the network's own samples
+            when None.
         fuse_step: Whether the sampler's step stands behind the network.
         compute_capabilities: GPUs that it is for, such as `8.6`; empty for the flavour's default.
             TensorRT-RTX alone.
@@ -46,6 +50,8 @@ class BuildSettings:
     flavour: Flavour
     precision: Precision
     profiles: tuple[Profile, ...]
+    budget: float | None = None
+    data: str | None = None
     fuse_step: bool = False
     compute_capabilities: tuple[str, ...] = ()
     workspace: int | None = None
@@ -96,7 +102,12 @@ class BuildSettings:
     @property
     def options(self) -> dict[str, Any]:
         """What the sidecar records besides its own fields."""
-        return {"workspace": self.workspace, "optimization_level": self.optimization_level}
+        return {
+            "workspace": self.workspace,
+            "optimization_level": self.optimization_level,
+            "budget": self.budget,
+            "data": self.data,
+        }
 
     def command(self, graph: Path, output: Path) -> str:
         """Returns what to type for this build."""
@@ -104,6 +115,10 @@ class BuildSettings:
         words += ["--runtime", RUNTIME_NAMES[self.flavour]]
         if self.fuse_step:
             words.append("--fuse-step")
+        if self.budget is not None:
+            words += ["--budget", str(self.budget)]
+        if self.data is not None:
+            words += ["--data", self.data]
         for profile in self.profiles:
             words += ["--batch", str(profile)]
         for capability in self.compute_capabilities:

@@ -83,6 +83,8 @@ class PlanRecord:
         precision_groups: How many layers compute in what, and why: group to sentence.
         layers: How many layers of a kind TensorRT made of the graph: `CONVOLUTION HALF` to their
             number; the second word is the type of what they give.
+        precision_error: Largest error of the mixed graph's output over its peak, as it was measured
+            before the build; None where it was not.
         fused_step: Whether the transition stands behind the network: inputs `row` and `z`, output
             `x_s`.
         hardware_compatible: Whether it runs on other GPUs than `device`.
@@ -108,6 +110,7 @@ class PlanRecord:
     precision: str
     precision_groups: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, int] = field(default_factory=dict)
+    precision_error: float | None = None
     fused_step: bool = False
     hardware_compatible: bool = False
     version_compatible: bool = False
@@ -239,6 +242,7 @@ def _check(record: PlanRecord) -> None:
         "int": (int,),
         "bool": (bool,),
         "float": (int, float),
+        "float | None": (int, float, type(None)),
     }
     for name, kind in PlanRecord.__annotations__.items():
         value = getattr(record, name)

@@ -76,11 +76,13 @@ class Prepared:
     Attributes:
         path: The graph, with its precision in it.
         groups: How many layers compute in what, and why.
+        error: Largest error of its output over the peak, as measured; None where it was not.
         memory: Estimated device memory of one call at the largest batch, in bytes; 0 if not known.
     """
 
     path: Path
     groups: Mapping[str, str] = field(default_factory=dict)
+    error: float | None = None
     memory: int = 0
 
 
@@ -150,7 +152,12 @@ def build_plan(
             return PlanBuilt(path=output, record=before, reused=True)
         prepared = prepare(settings)
         _check_memory(prepared, worker, settings)
-        wanted = replace(wanted, precision_groups=prepared.groups, memory=prepared.memory)
+        wanted = replace(
+            wanted,
+            precision_groups=prepared.groups,
+            precision_error=prepared.error,
+            memory=prepared.memory,
+        )
         with whole_file(output) as plan, whole_file(sidecar(output)) as side:
             last = None if before is None else before.seconds
             layers, seconds = worker.build(

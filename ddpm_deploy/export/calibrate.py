@@ -117,6 +117,7 @@ def calibrate(
     model = onnx.load(graph)
     if recorded(model) is not None:
         return Calibrated(mixed=convert(model, precision), budget=allowed)
+    on_progress(f"measuring {precision} against float32 on x_t of {steps} timesteps")
     with (
         _written(_small(model, images)) as path,
         open_engine(path, device="cpu", threads=threads) as engine,
@@ -146,9 +147,8 @@ def calibrate(
         free.remove(loudest)
         keep[loudest] = f"accuracy: alone it costs {alone:.1e} of the peak"
         errors = trial.errors(keep)
-    return Calibrated(
-        mixed=convert(model, precision, keep=keep), kept=keep, errors=errors, budget=allowed
-    )
+    mixed = convert(model, precision, keep=keep, error=worst)
+    return Calibrated(mixed=mixed, kept=keep, errors=errors, budget=allowed)
 
 
 def sampled(engine: Engine, steps: int, images: int, *, seed: int = 0) -> list[Call]:

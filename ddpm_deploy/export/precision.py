@@ -64,15 +64,22 @@ class Mixed:
         model: The graph; its metadata say the same as this.
         precision: `fp16` or `bf16`.
         groups: How many operators compute in what and why, for people: the reason, then counts.
+        error: max |mixed - float32| / max |float32| of the output, as `calibrate` measured it; None
+            where nobody did.
     """
 
     model: onnx.ModelProto
     precision: Precision
     groups: Mapping[str, str]
+    error: float | None = None
 
 
 def convert(
-    model: onnx.ModelProto, precision: Precision, *, keep: Mapping[str, str] | None = None
+    model: onnx.ModelProto,
+    precision: Precision,
+    *,
+    keep: Mapping[str, str] | None = None,
+    error: float | None = None,
 ) -> Mixed:
     """Writes half precision into a float32 graph; a graph that has it already is given back.
 
@@ -80,6 +87,7 @@ def convert(
         model: As `export` writes it: inputs and outputs float32 or integer. Left as it is.
         precision: `fp16` or `bf16`.
         keep: Operators that stay float32: the name of an operator's first output, to the reason.
+        error: What is known of the result, for its metadata.
 
     Raises:
         ExportError: The graph is in the other precision, is mixed by another tool, or branches.
@@ -103,11 +111,11 @@ def convert(
         mixed,
         {
             **{entry.key: entry.value for entry in model.metadata_props},
-            PRECISION_KEY: json.dumps({"precision": precision, "groups": groups}),
+            PRECISION_KEY: json.dumps({"precision": precision, "groups": groups, "error": error}),
         },
     )
     onnx.checker.check_model(mixed, full_check=mixed.ByteSize() < 2**31)
-    return Mixed(model=mixed, precision=precision, groups=groups)
+    return Mixed(model=mixed, precision=precision, groups=groups, error=error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +157,9 @@ def recorded(model: onnx.ModelProto) -> Mixed | None:
         if entry.key == PRECISION_KEY:
             said = json.loads(entry.value)
             chosen: Precision = "bf16" if said["precision"] == "bf16" else "fp16"
-            return Mixed(model=model, precision=chosen, groups=said["groups"])
+            return Mixed(
+                model=model, precision=chosen, groups=said["groups"], error=said.get("error")
+            )
     low = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.INT8}
     if any(tensor.data_type in low for tensor in constants(model.graph).values()):
         raise ExportError(
@@ -198,7 +208,7 @@ class _Choice:
         """Counts the operators by what they compute in, and why."""
         counts: dict[str, Counter[str]] = {}
         for node in self.nodes:
-            if node.op_type in MOVES:
+            if node.op_type in MOVES or not self.made(node):
                 continue
             name = node.output[0]
             reason = self.reasons.get(name, "between float32 operators")

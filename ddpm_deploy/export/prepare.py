@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
 
-from ddpm_deploy.engines.build_settings import BuildSettings
+from ddpm_deploy.arrays import Samples
+from ddpm_deploy.engines.build_settings import BuildSettings, Precision
 from ddpm_deploy.engines.trt_build import Prepared
-from ddpm_deploy.errors import EngineError, ExportError, SpecError
+from ddpm_deploy.errors import EngineError, ExportError, MissingDependencyError, SpecError
+from ddpm_deploy.export.attention import split_queries
+from ddpm_deploy.export.calibrate import calibrate
 from ddpm_deploy.export.fuse_step import fuse_step
+from ddpm_deploy.export.memory import estimate_memory
 from ddpm_deploy.export.precision import convert, recorded
 from ddpm_deploy.files import whole_file
 from ddpm_deploy.fused import METADATA_KEY as FUSED_KEY
 from ddpm_deploy.fused import is_fused
 from ddpm_deploy.spec import METADATA_KEY, ModelSpec
+
+ATTENTION_BYTES = 2**27
+"""What one matrix of attention may take on a device, at the largest batch."""
 
 
 def read_graph(graph: Path) -> tuple[ModelSpec, bool]:
@@ -38,37 +47,119 @@ def read_graph(graph: Path) -> tuple[ModelSpec, bool]:
     return spec, is_fused(said.get(FUSED_KEY), source=str(graph))
 
 
-def prepare_graph(graph: Path, settings: BuildSettings, output: Path) -> Prepared:
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A graph in the precision of a plan.
+
+    Attributes:
+        model: The graph.
+        changed: Whether it is another than the file's.
+        groups: How many operators compute in what, and why; empty in float32.
+        error: Of its output over the peak, as measured; None where it was not.
+        kept: Operators that calibration sent back to float32.
+    """
+
+    model: onnx.ModelProto
+    changed: bool = False
+    groups: Mapping[str, str] = field(default_factory=dict)
+    error: float | None = None
+    kept: int = 0
+
+
+def lower_precision(
+    graph: Path,
+    precision: Precision,
+    *,
+    budget: float | None = None,
+    data: Samples | None = None,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Lowered:
+    """Makes a graph mixed, within the budget; a graph that is mixed already is taken as it is.
+
+    Without ONNX Runtime the precision is chosen by rule alone, which `on_progress` is told.
+
+    Args:
+        graph: The `.onnx` file that `export` wrote.
+        precision: `fp32` leaves the graph as it is.
+        budget: As in `calibrate`.
+        data: As in `calibrate`.
+        on_progress: Told what is being done, in words.
+
+    Raises:
+        ExportError: The graph is in another precision already, or its step is fused and it is in
+            none, or the budget cannot be kept.
+    """
+    model = _load(graph, weights=True)
+    if precision == "fp32":
+        _refuse_lower(graph, model)
+        return Lowered(model=model)
+    if (before := recorded(model)) is not None:
+        mixed = convert(model, precision)  # refuses the other precision
+        return Lowered(model=model, groups=dict(mixed.groups), error=before.error)
+    if FUSED_KEY in _metadata(model):
+        raise ExportError(
+            f"{graph} is in float32 with its step fused, and the step stays in float32.",
+            hint=f"Start from the graph that export wrote: --{precision} --fuse-step",
+        )
+    try:
+        calibrated = calibrate(graph, precision, budget=budget, data=data, on_progress=on_progress)
+    except MissingDependencyError as error:
+        on_progress(
+            f"note: {precision} was chosen by rule and not measured, for want of ONNX "
+            f"Runtime ({error.hint}); ddpm-deploy verify measures the plan"
+        )
+        mixed = convert(model, precision)
+        return Lowered(model=mixed.model, changed=True, groups=dict(mixed.groups))
+    mixed = calibrated.mixed
+    return Lowered(
+        model=mixed.model,
+        changed=True,
+        groups=dict(mixed.groups),
+        error=calibrated.worst,
+        kept=len(calibrated.kept),
+    )
+
+
+def prepare_graph(
+    graph: Path, settings: BuildSettings, output: Path, *, lowered: Lowered | None = None
+) -> Prepared:
     """Writes the graph that a plan is built from.
 
     Args:
         graph: The `.onnx` file that `export` wrote.
         settings: What the plan is built with.
         output: Where to write it. Where there is nothing to change, the file is the graph itself.
+        lowered: From `lower_precision`, which is called when None.
 
     Raises:
-        ExportError: The graph is in another precision already, or its step is fused and it is in
-            none.
+        ExportError: As from `lower_precision`.
     """
-    original = model = _load(graph, weights=True)
-    groups = {}
-    if settings.precision == "fp32":
-        _refuse_lower(graph, model)
-    else:
-        if recorded(model) is None and FUSED_KEY in _metadata(model):
-            raise ExportError(
-                f"{graph} is in float32 with its step fused, and the step stays in float32.",
-                hint=f"Start from the graph that export wrote: --{settings.precision} --fuse-step",
-            )
-        mixed = convert(model, settings.precision)
-        model, groups = mixed.model, dict(mixed.groups)
+    lowered = lowered or lower_precision(graph, settings.precision, budget=settings.budget)
+    largest = max(profile.most for profile in settings.profiles)
+    small = split_queries(lowered.model, batch=largest, limit_bytes=ATTENTION_BYTES)
+    # TensorRT-RTX fuses attention in half precision, which then never holds its matrix. Elsewhere
+    # that is not certain, and in float32 it is certain not to.
+    fuses = settings.flavour == "tensorrt_rtx" and settings.precision != "fp32"
+    split = not fuses and any(attention.chunks > 1 for attention in small.attentions)
+    model = small.model if split else lowered.model
     if settings.fuse_step:
         model = fuse_step(model)
-    if model is original:
-        return Prepared(path=graph, groups=groups)
+    prepared = Prepared(
+        path=graph,
+        groups=lowered.groups,
+        error=lowered.error,
+        memory=estimate_memory(small.model, batch=largest).total,
+    )
+    if not (lowered.changed or split or model is not lowered.model):
+        return prepared
+    write_graph(model, output)
+    return replace(prepared, path=output)
+
+
+def write_graph(model: onnx.ModelProto, output: Path) -> None:
+    """Writes a graph, whole or not at all; above 2 GiB its weights stand beside it."""
     with whole_file(output) as partial:
-        onnx.save_model(model, partial, save_as_external_data=model.ByteSize() >= 2**31)
-    return Prepared(path=output, groups=groups)
+        onnx.save_model(model, partial, save_as_external_data=model.ByteSize() >= 2**31 - 2**25)
 
 
 def _metadata(model: onnx.ModelProto) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pytest
 from ddpm_deploy import open_engine
 from ddpm_deploy.engines import build as build_module
 from ddpm_deploy.export import fuse_step as fuse_module
+from ddpm_deploy.export.precision import recorded
 from tests.commands import Outcome, contents, refusal, run
 from tests.support import tiny_spec, write_fused, write_graph
 
@@ -58,7 +59,10 @@ def test_json_has_the_measurements() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--fp16", "--runtime", "onnxruntime"], "--fp16 is for a TensorRT plan; an ONNX Runtime"),
+        (["--bf16", "--runtime", "onnxruntime"], "ONNX Runtime has no convolution in bfloat16."),
+        (["--budget", "1e-3"], "--budget and --data are for half precision"),
+        (["--fp32", "--runtime", "rtx", "--data", "digits"], "--budget and --data are for half"),
+        (["--fp16", "--runtime", "onnxruntime", "-o", "unet.onnx"], "would overwrite the graph"),
         (["--batch", "4"], "--batch is for a TensorRT plan."),
         (["--force"], "--force is for a TensorRT plan."),
         (["missing.onnx"], "There is no file missing.onnx."),
@@ -173,3 +177,42 @@ def test_a_fused_step_that_is_another_never_gets_its_name(
     message = refusal(build("--fuse-step", "-o", "fused.onnx"))
     assert message.startswith(f"The engine is not the graph it was built from: they differ by {by}")
     assert contents(folder) == before
+
+
+def test_half_precision_for_onnx_runtime_is_the_mixed_graph_itself(exported: Path) -> None:
+    outcome = build(exported / "unet.onnx", "--fp16", "--runtime", "onnxruntime", "-o", "half.onnx")
+    assert (outcome.code, outcome.out) == (0, "half.onnx\n"), outcome
+    assert " of its peak from float32's" in outcome.err
+    assert "ddpm-deploy build half.onnx --fp16" in outcome.err
+    mixed = recorded(onnx.load_model("half.onnx"))
+    assert mixed is not None
+    assert mixed.error is not None
+    with open_engine("half.onnx") as engine:
+        assert engine.precision == "fp16"
+    against = ("--against", exported / "unet.onnx")
+    assert run("verify", "-e", "half.onnx", *against).code == 0
+    fused = ("--fuse-step", "-o", "fused.onnx")
+    assert build(exported / "unet.onnx", "--fp16", "--runtime", "onnxruntime", *fused).code == 0
+    with open_engine("fused.onnx") as engine:
+        assert (engine.fused, engine.precision) == (True, "fp16")
+
+
+def test_half_precision_is_measured_on_pictures(exported: Path) -> None:
+    mixed = ("--fp16", "--runtime", "onnxruntime", "-o", "half.onnx")
+    outcome = build(exported / "unet.onnx", *mixed, "--data", "digits", "--json")
+    assert outcome.code == 0, outcome
+    on_pictures = json.loads(outcome.out)["error"]
+    on_samples = json.loads(build(exported / "unet.onnx", *mixed, "--json").out)["error"]
+    assert 0 < on_pictures < 5e-3
+    assert on_pictures != on_samples
+    refused = build(exported / "unet.onnx", *mixed, "--data", "nothing")
+    assert refusal(refused) == "There is no folder or file nothing."
+
+
+def test_a_budget_that_half_precision_cannot_keep_is_refused(exported: Path) -> None:
+    mixed = ("--fp16", "--runtime", "onnxruntime", "-o", "half.onnx")
+    outcome = build(exported / "unet.onnx", *mixed, "--budget", "1e-9")
+    assert outcome.code == 2
+    assert "error: In fp16 the network's output is " in outcome.err
+    assert "the budget is 1e-09." in outcome.err
+    assert not Path("half.onnx").exists()

@@ -133,7 +133,7 @@ def test_the_callers_graph_is_left_alone(model: onnx.ModelProto) -> None:
 def test_every_reason_is_told_with_its_operators(model: onnx.ModelProto) -> None:
     mixed = convert(model, "fp16")
     (record,) = [e.value for e in mixed.model.metadata_props if e.key == PRECISION_KEY]
-    assert json.loads(record) == {"precision": "fp16", "groups": mixed.groups}
+    assert json.loads(record) == {"precision": "fp16", "groups": mixed.groups, "error": None}
     assert "2 Conv" in mixed.groups[f"float32, {ENDS}"]
     assert "6 Gemm" in mixed.groups[f"float32, {CONDITIONING}"]
     assert "12 LayerNormalization" in mixed.groups[f"float32, {STATISTICS}"]

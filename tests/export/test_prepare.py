@@ -1,16 +1,26 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, numpy_helper, parser
 
 from ddpm_deploy.engines.build_settings import BuildSettings, Precision
-from ddpm_deploy.engines.plan import Profile
+from ddpm_deploy.engines.plan import Flavour, Profile
 from ddpm_deploy.errors import EngineError, ExportError, SpecError
-from ddpm_deploy.export.precision import recorded
-from ddpm_deploy.export.prepare import prepare_graph, read_graph
+from ddpm_deploy.export.attention import find_attention
+from ddpm_deploy.export.precision import convert, recorded
+from ddpm_deploy.export.prepare import (
+    ATTENTION_BYTES,
+    Lowered,
+    lower_precision,
+    prepare_graph,
+    read_graph,
+)
+from ddpm_deploy.spec import METADATA_KEY
 from tests.support import tiny_spec, write_graph
 
 
@@ -97,3 +107,77 @@ def test_the_step_is_fused_behind_the_precision_and_not_before_it(
     whole = prepare_graph(graph, settings("fp32", fuse_step=True), tmp_path / "whole.onnx").path
     with pytest.raises(ExportError, match=r"whole\.onnx is in float32 with its step fused"):
         prepare_graph(whole, settings("fp16", fuse_step=True), tmp_path / "late.onnx")
+
+
+def write_attention(path: Path) -> Path:
+    """Writes an attention of 4 heads over 4096 numbers of 16: a matrix of 268 MB in float32."""
+    model = parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[batch, 4, 4096, 16] x, int64[batch] t) => (float[batch, 4, 4096, 16] out)
+        {
+            first = MatMul (x, w)
+            keys = Transpose <perm = [0, 1, 3, 2]> (first)
+            scores = MatMul (first, keys)
+            shares = Softmax <axis = -1> (scores)
+            mean = MatMul (shares, first)
+            out = MatMul (mean, w)
+        }
+        """
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.eye(16, dtype=np.float32), "w"))
+    spec = tiny_spec().with_changes(sample_shape=(4, 4096, 16))
+    onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+    onnx.save_model(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flavour", "precision", "parts"),
+    [
+        ("tensorrt", "fp16", 4),  # 134 MB an image; whether it is fused is not certain
+        ("tensorrt", "fp32", 4),
+        ("tensorrt_rtx", "fp32", 4),  # it does not fuse float32
+        ("tensorrt_rtx", "fp16", 1),  # it fuses half precision
+    ],
+)
+def test_attention_is_cut_where_the_runtime_may_hold_its_matrix(
+    tmp_path: Path, flavour: Flavour, precision: Precision, parts: int
+) -> None:
+    graph = write_attention(tmp_path / "unet.onnx")
+    batch = Profile(least=1, best=1, most=2)
+    chosen = BuildSettings(flavour=flavour, precision=precision, profiles=(batch,))
+    lowered = None
+    if precision == "fp16":  # by rule: to measure it takes seconds
+        mixed = convert(onnx.load_model(graph), "fp16")
+        lowered = Lowered(model=mixed.model, changed=True, groups=mixed.groups)
+    prepared = prepare_graph(graph, chosen, tmp_path / "prepared.onnx", lowered=lowered)
+    model = onnx.load_model(prepared.path)
+    softmaxes = [node for node in model.graph.node if node.op_type == "Softmax"]
+    assert len(softmaxes) >= parts if parts > 1 else len(softmaxes) == 1
+    assert 0 < prepared.memory < 4 * ATTENTION_BYTES  # a whole matrix of float32 alone is as much
+    if parts > 1:
+        for attention in find_attention(model, batch=2):
+            assert attention.whole_bytes <= ATTENTION_BYTES
+
+
+def test_half_precision_is_measured_and_the_error_travels_with_the_graph(
+    graph: Path, tmp_path: Path
+) -> None:
+    lowered = lower_precision(graph, "bf16", budget=0.1)
+    assert lowered.error is not None
+    assert 0 <= lowered.error < 0.1
+    prepared = prepare_graph(graph, settings("bf16"), tmp_path / "g.onnx", lowered=lowered)
+    assert prepared.error == lowered.error
+    assert lower_precision(prepared.path, "bf16").error == lowered.error  # taken as it is
+
+
+def test_without_onnx_runtime_half_precision_is_chosen_by_rule_and_that_is_said(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "ddpm_deploy.engines.ort", raising=False)
+    said: list[str] = []
+    lowered = lower_precision(graph, "fp16", on_progress=said.append)
+    assert (lowered.error, lowered.changed) == (None, True)
+    assert said[-1].startswith("note: fp16 was chosen by rule and not measured, for want of ONNX")
