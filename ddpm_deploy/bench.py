@@ -13,7 +13,7 @@ import numpy as np
 
 from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.engines.base import Engine, Stepper
-from ddpm_deploy.fused import denoise_fused
+from ddpm_deploy.fused import denoise_fused, noise_threads
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.sampling import Transition, denoise
@@ -106,7 +106,7 @@ def _fused_loop(engine: Engine, recipe: Recipe, batch: int) -> Loop:
             stepper.start(noise(0), conditions)
             timed = _Timed(stepper)
             start = time.perf_counter()
-            for _ in denoise_fused(timed, rows, noise):
+            for _ in denoise_fused(timed, rows, noise, threads=noise_threads(engine)):
                 pass
             timed.read()
             total = time.perf_counter() - start

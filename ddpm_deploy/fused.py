@@ -8,13 +8,14 @@ too, so that a step moves nothing but noise.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Generator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_deploy.arrays import Samples
-from ddpm_deploy.engines.base import Stepper
+from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.errors import SpecError
 from ddpm_deploy.noise import Ahead
 from ddpm_deploy.sampling import Table, Transition
@@ -94,6 +95,15 @@ def is_fused(text: str | None, *, source: str) -> bool:
             hint="Build it again here: ddpm-deploy build unet.onnx --fuse-step",
         )
     return True
+
+
+def noise_threads(engine: Engine) -> int:
+    """Returns how many threads should draw noise: several where a GPU waits for them.
+
+    One draws some 25 million numbers a second; a large GPU takes a step of 64 images of 32x32 in
+    less than the 8 ms of their noise.
+    """
+    return min(4, os.cpu_count() or 1) if engine.on_gpu else 1
 
 
 def denoise_fused(

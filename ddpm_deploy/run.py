@@ -26,7 +26,7 @@ from ddpm_deploy.arrays import Array, Pixels, Samples
 from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.errors import DataError, EngineError, EngineInputError, RunError
 from ddpm_deploy.files import sha256, whole_file, write_text
-from ddpm_deploy.fused import denoise_fused
+from ddpm_deploy.fused import denoise_fused, noise_threads
 from ddpm_deploy.images import grid, is_picture, read_picture, to_pixels, write_gif, write_png
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.sampling import (
@@ -218,7 +218,8 @@ class Drawing:
         x = noise(0)
         stepper.start(x, self._recipe.conditions(self._engine, images))
         x0 = self._x0(predict, self._table[0], x) if 1 in x0_at else None
-        for k, _ in denoise_fused(stepper, self._table, noise):
+        threads = noise_threads(self._engine)
+        for k, _ in denoise_fused(stepper, self._table, noise, threads=threads):
             yield k, x0
             follows = k + 1 in x0_at and k < len(self._table)
             x0 = self._x0(predict, self._table[k], stepper.read()) if follows else None

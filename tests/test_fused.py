@@ -5,15 +5,17 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ddpm_deploy import Transition, ddim, linear
+from ddpm_deploy import Transition, ddim, linear, open_engine
 from ddpm_deploy.arrays import Array, Samples
 from ddpm_deploy.engines.base import Stepper
 from ddpm_deploy.errors import SpecError
-from ddpm_deploy.fused import COLUMNS, denoise_fused, is_fused, row_of, step_to_json
+from ddpm_deploy.fused import COLUMNS, denoise_fused, is_fused, noise_threads, row_of, step_to_json
+from tests.support import tiny_spec, write_graph
 
 ROW = Transition(
     t=4,
@@ -129,3 +131,11 @@ def test_an_error_in_the_loop_leaves_no_thread() -> None:
     with pytest.raises(KeyboardInterrupt):
         list(denoise_fused(Failing(), TABLE, _constant))
     assert threading.active_count() == before
+
+
+def test_more_threads_draw_noise_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    with open_engine(write_graph(tmp_path / "unet.onnx", tiny_spec())) as engine:
+        assert noise_threads(engine) == 1
+        engine.on_gpu = True
+        assert noise_threads(engine) == 4

@@ -30,6 +30,7 @@ class Engine(ABC):
         path: The file it came from.
         fused: Whether the sampler's step is fused behind the network, so that it has a `stepper`.
         precision: What most of it computes in: `fp32`, `fp16` or `bf16`.
+        on_gpu: Whether it runs on a GPU, which leaves the host's cores to draw noise.
     """
 
     spec: ModelSpec
@@ -37,6 +38,7 @@ class Engine(ABC):
     path: Path
     fused: bool = False
     precision: str = "fp32"
+    on_gpu: bool = False
 
     def __call__(self, x: Samples, t: Timesteps, **conditions: Array) -> Samples:
         """Runs the network once.

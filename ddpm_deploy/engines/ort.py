@@ -66,6 +66,7 @@ class OrtEngine(Engine):
                 "--device cpu.",
             )
         self._device = "cuda" if active == _CUDA else "cpu"
+        self.on_gpu = self._device == "cuda"
         self.name = f"onnxruntime {self._device.upper()}"
         self.spec = _read_spec(self._session, path)
         metadata = self._session.get_modelmeta().custom_metadata_map

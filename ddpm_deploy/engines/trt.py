@@ -54,7 +54,7 @@ class TrtEngine(Engine):
     ) -> None:
         self.path, self.record, self.spec = path, record, record.spec
         self.name = f"{LABELS[record.flavour]} GPU"
-        self.fused = record.fused_step
+        self.fused, self.on_gpu = record.fused_step, True
         _check_tensors(network.tensors, record, path)
         off = "" if graphs else "not wanted"
         self._graphs = Graphs("the runtime makes its own" if network.captures_itself else off)
