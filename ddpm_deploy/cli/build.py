@@ -257,7 +257,7 @@ def _choose_flavour(runtime: str) -> Flavour:
                 "  pip install 'ddpm-deploy[tensorrt]'\n"
                 "for a Jetson, on the Jetson, whose JetPack brings TensorRT:\n"
                 "  python3 -m venv --system-site-packages .venv\n"
-                "  .venv/bin/pip install 'ddpm-deploy[tensorrt]'\n"
+                "  .venv/bin/pip install 'ddpm-deploy[jetson]'\n"
                 "and without any of these: ddpm-deploy build makes an ONNX Runtime engine.",
             )
         case [flavour]:

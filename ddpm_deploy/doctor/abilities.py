@@ -17,7 +17,7 @@ EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 TRAIN_PACKAGES = ("torch", "lightning-fabric", "tensorboard")
 # Compute capabilities in NVIDIA's support matrices of TensorRT-RTX.
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-JETPACK_TENSORRT = "sudo apt install nvidia-jetpack && pip install polygraphy cuda-bindings"
+JETPACK_TENSORRT = "sudo apt install nvidia-jetpack && pip install 'ddpm-deploy[jetson]'"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,5 +66,6 @@ def _how_to_install(extra: str) -> str:
         return "pip install 'ddpm-deploy[rtx]'"
     return (
         "pip install 'ddpm-deploy[tensorrt]'; on a Jetson it comes with JetPack: make the "
-        "environment with python3 -m venv --system-site-packages"
+        "environment with python3 -m venv --system-site-packages, and in it "
+        "pip install 'ddpm-deploy[jetson]'"
     )
