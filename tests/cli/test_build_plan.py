@@ -352,22 +352,3 @@ def test_the_building_process_does_not_outlive_its_command(digits: Path) -> None
     process.kill()
     finish(process)
     assert gone(child)
-
-
-@rtx
-@pytest.mark.slow
-def test_the_network_of_23_million_weights_is_built(tmp_path: Path) -> None:
-    import torch
-
-    from ddpm_deploy.model import UNet
-
-    torch.manual_seed(0)
-    network = UNet(3)
-    assert sum(p.numel() for p in network.parameters()) > 20_000_000
-    torch.save(network.state_dict(), "dome.pt")
-    assert run("export", "dome.pt", "-o", "dome.onnx", "--image-size", 64).code == 0
-    outcome = build("dome.onnx", "--fp16")
-    assert outcome.out == "dome.plan\n", outcome.err
-    record = read_record(Path("dome.plan"))
-    assert str(*record.profiles) == "1:1:8"
-    assert record.layers["CONVOLUTION HALF"] > record.layers.get("CONVOLUTION FLOAT", 0)
