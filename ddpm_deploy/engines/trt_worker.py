@@ -110,7 +110,8 @@ def _parse(trt: Any, flavour: Flavour, graph: Path) -> tuple[Any, Any, Any]:
         operator = error.node_operator() if hasattr(error, "node_operator") else ""
         name = error.node_name() if hasattr(error, "node_name") else ""
         where = f"{operator} {name!r}: " if operator else ""
-        what = error.code().name.lower().replace("_", " ")
+        # Its `name` is no name in TensorRT 10.3; its text is `ErrorCode.UNSUPPORTED_NODE`.
+        what = str(error.code()).rpartition(".")[2].lower().replace("_", " ")
         said.append(f"{where}{what} ({error.desc()})")
     raise EngineBuildError(
         f"{LABELS[flavour]} {trt.__version__} cannot parse the graph: " + "; ".join(said),

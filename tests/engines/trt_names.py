@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-FILES = ("engines/trt_network.py",)
+FILES = ("engines/trt_network.py", "engines/trt_worker.py")
 """The files that touch TensorRT."""
 
 RTX = "tensorrt-rtx-cu13-bindings==1.7.1.116"
 
 EVERYWHERE: Mapping[str, tuple[str, ...]] = {
-    "": ("__version__", "ILogger", "Runtime"),
+    "": ("__version__", "ILogger", "OnnxParser", "Runtime"),
+    "BuilderFlag": ("TF32",),
     "DataType": ("BOOL", "FLOAT", "HALF", "INT32", "INT64"),
+    "HardwareCompatibilityLevel": ("AMPERE_PLUS",),
+    "IBuilderConfig": ("clear_flag", "get_timing_cache"),
     "ICudaEngine": (
         "create_execution_context",
         "get_tensor_dtype",
@@ -30,14 +33,22 @@ EVERYWHERE: Mapping[str, tuple[str, ...]] = {
         "set_optimization_profile_async",
         "set_tensor_address",
     ),
+    "ILayer": ("get_output", "num_outputs", "type"),
     "ILogger": ("__init__", "log"),
     "ILogger.Severity": ("ERROR", "INTERNAL_ERROR"),
+    "INetworkDefinition": ("__getitem__", "get_input", "num_inputs"),
+    "ITensor": ("dtype", "name", "shape"),
+    "ITimingCache": ("serialize",),
+    "MemoryPoolType": ("WORKSPACE",),
+    "OnnxParser": ("get_error", "num_errors", "parse_from_file"),
+    "ParserError": ("code", "desc", "node_name", "node_operator"),
     "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
     "TensorIOMode": ("INPUT",),
 }
-"""Used without asking, so in every release."""
+"""Used without asking, or asked for only because releases before these lack it."""
 
 ASKED_FOR: Mapping[str, tuple[str, ...]] = {
+    "ComputeCapability": ("__members__",),
     "CudaGraphStrategy": ("WHOLE_GRAPH_CAPTURE",),
     "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
     "IRuntimeCache": ("deserialize", "serialize"),
@@ -48,13 +59,14 @@ ASKED_FOR: Mapping[str, tuple[str, ...]] = {
         "set_runtime_cache",
     ),
 }
-"""Used behind `hasattr(trt, "CudaGraphStrategy")`: in TensorRT-RTX, and in no TensorRT so far."""
+"""Used for TensorRT-RTX alone: there, and in no TensorRT so far."""
 
 BOTH: Mapping[str, tuple[str, ...]] = {"ICudaEngine": ("create_runtime_config",)}
-"""Used behind the same question, and in some releases of TensorRT too."""
+"""Used for TensorRT-RTX alone, and in some releases of TensorRT too."""
 
 PYTHON = {
     # Attributes of our own objects, of NumPy and of Python in these files.
-    "append", "get", "items", "join", "last", "name", "read", "read_bytes", "runtime", "strip",
-    "version_compatible", "write",
+    "__name__", "add", "append", "best", "flush", "get", "hint", "is_file", "items", "join",
+    "last", "least", "lower", "most", "open", "read", "read_bytes", "replace", "rpartition",
+    "runtime", "split", "startswith", "strip", "version_compatible", "write",
 }  # fmt: skip
