@@ -7,8 +7,10 @@ every name that is used here with the bindings of each.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,7 +77,7 @@ class TrtNetwork:
                 f"{record.runtime} cannot load {plan}: {self._log.last()}",
                 hint=f"{_TO_LESSEN_MEMORY} {rebuild_hint(record, plan)}",
             )
-        self._runtime, self._engine = runtime, engine  # the engine does not keep its runtime
+        self._runtime, self._engine = runtime, engine
         self.tensors = {tensor.name: tensor for tensor in self._tensors()}
         self._context = self._make_context()
         if self._context is None:
@@ -103,19 +105,13 @@ class TrtNetwork:
         Raises:
             EngineError: The plan does not take these shapes.
         """
-        done = True
-        if profile != self._profile:
-            done = self._context.set_optimization_profile_async(profile, stream)
-            self._profile = profile
-        for name, shape in shapes.items():
-            done = done and self._context.set_input_shape(name, shape)
-        missing = self._context.infer_shapes() if done else []
-        for name, address in addresses.items():
-            done = done and self._context.set_tensor_address(name, address)
-        if not done or missing:
+        try:
+            done = self._set(profile, shapes, addresses, stream)
+        except RuntimeError:  # of some failures they return False, of others they raise
+            done = False
+        if not done:
             raise EngineError(
-                f"{self._plan} does not take {shapes}: "
-                f"{', '.join(missing) + ' stay unknown' if missing else self._log.last()}",
+                f"{self._plan} does not take {shapes}: {self._log.last()}",
                 hint="Its sidecar promises other batches; build it again: ddpm-deploy build",
             )
 
@@ -132,13 +128,35 @@ class TrtNetwork:
 
     def keep_compiled(self) -> None:
         """Stores what was compiled so far, for the next start; does nothing where nothing is."""
-        if self._runtime_cache is not None:
-            self._cache.write(bytes(self._runtime_cache.serialize()))
+        if self._runtime_cache is None:
+            return
+        compiled = self._runtime_cache.serialize()
+        if compiled is not None:  # it is where the runtime failed
+            self._cache.write(bytes(compiled))
 
     def close(self) -> None:
         """Gives the memory back; once more does nothing."""
         # Each is destroyed with its last reference, and needs those after it until then.
         self._context = self._runtime_cache = self._engine = self._runtime = None
+
+    def _set(
+        self,
+        profile: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        addresses: Mapping[str, int],
+        stream: int,
+    ) -> bool:
+        """Sets what `bind` takes; returns whether the context took it."""
+        context = self._context
+        if profile != self._profile:
+            if not context.set_optimization_profile_async(profile, stream):
+                return False
+            self._profile = profile
+        return (
+            all(context.set_input_shape(name, shape) for name, shape in shapes.items())
+            and all(context.set_tensor_address(*pair) for pair in addresses.items())
+            and not context.infer_shapes()  # the inputs whose shape is still open
+        )
 
     def _tensors(self) -> list[Tensor]:
         engine, trt = self._engine, self._trt
@@ -183,13 +201,18 @@ def _dtypes(trt: Any) -> dict[Any, str]:
     }
 
 
+@cache
 def _logger(trt: Any) -> Any:
-    """Makes a logger that keeps the errors, which TensorRT reports nowhere else."""
+    """Makes a logger that keeps the errors, which TensorRT reports nowhere else.
+
+    One for the process: TensorRT registers the first that it is given for all runtimes, and goes on
+    calling it when another plan is still open.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self._errors: list[str] = []
+            self._errors: deque[str] = deque(maxlen=3)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in {trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR}:
@@ -197,7 +220,8 @@ def _logger(trt: Any) -> Any:
 
         def last(self) -> str:
             """Returns the errors since the last call, the newest three."""
-            said, self._errors = self._errors[-3:], []
-            return " ".join(said) or "it gives no reason."
+            said = " ".join(self._errors)
+            self._errors.clear()
+            return said or "it gives no reason."
 
     return Log()

@@ -220,24 +220,45 @@ def run_network(release: Release, trt: ModuleType, flavour: Any, plan: Path) -> 
     """Runs `TrtNetwork` from its plan to its end; says what it called, as JSON."""
     from ddpm_deploy.engines.runtime_cache import RuntimeCache
     from ddpm_deploy.engines.trt_network import TrtNetwork
+    from ddpm_deploy.errors import EngineError
     from tests.engines.plans import record
 
+    said = record(flavour=flavour, version_compatible=flavour == "tensorrt")
     for _ in range(2):  # twice: the second start finds what the first one stored
-        said = record(flavour=flavour, version_compatible=flavour == "tensorrt")
         network = TrtNetwork(trt, plan, said, RuntimeCache(plan, {}))
         network.bind(1, {"x": (2, 1, 8, 8)}, {"x": 256, "out": 512}, 5)
         network.enqueue(5)
         network.keep_compiled()
         network.close()
-    print(
-        json.dumps(
-            {
-                "called": [name for name, _ in release.calls],
-                "loggers": len({id(a[0]) for n, a in release.calls if n == "Runtime.__init__"}),
-                "tensors": {n: [t.dtype, t.is_input] for n, t in network.tensors.items()},
-            }
-        )
-    )
+    report: dict[str, Any] = {
+        "called": [name for name, _ in release.calls],
+        "loggers": len({id(a[0]) for n, a in release.calls if n == "Runtime.__init__"}),
+        "tensors": {n: [t.dtype, t.is_input] for n, t in network.tensors.items()},
+        "refused": {},
+    }
+    for name, answer in FAILURES.items():
+        release.answers = {**running(release), name: answer}
+        network = TrtNetwork(trt, plan, said, RuntimeCache(plan, {}))
+        try:
+            network.bind(1, {"x": (2, 1, 8, 8)}, {"x": 256, "out": 512}, 5)
+        except EngineError as error:
+            report["refused"][name] = str(error)
+        network.keep_compiled()
+    print(json.dumps(report))
+
+
+def _raise(*_: Any) -> Any:
+    raise RuntimeError("as the bindings do")
+
+
+FAILURES = {
+    "IExecutionContext.set_optimization_profile_async": _raise,
+    "IExecutionContext.set_input_shape": False,
+    "IExecutionContext.infer_shapes": _raise,
+    "IExecutionContext.set_tensor_address": False,
+    "IRuntimeCache.serialize": None,
+}
+"""How the bindings tell a failure, by their source: by False, by raising, or by None."""
 
 
 def be_refused(trt: Any, logger: Any) -> None:

@@ -274,6 +274,22 @@ def test_a_call_goes_through_what_the_release_has(
     assert context[-1] == "IExecutionContext.execute_async_v3"
     # The second start reads what the first one stored.
     assert said["called"].count("IRuntimeCache.deserialize") == (bindings[0] == RTX)
+    assert said["loggers"] == 1  # TensorRT registers one, and may call it after its runtime is gone
+
+
+def test_what_a_context_refuses_is_an_error_of_ours(
+    bindings: tuple[str, Path], tmp_path: Path
+) -> None:
+    plan = tmp_path / "unet.plan"
+    plan.write_bytes(b"a plan")
+    (said,) = rehearse(bindings, "network", plan)
+    assert {name.rpartition(".")[2] for name in said["refused"]} == {
+        "infer_shapes",
+        "set_input_shape",
+        "set_optimization_profile_async",
+        "set_tensor_address",
+    }
+    assert all("does not take {'x': (2, 1, 8, 8)}" in text for text in said["refused"].values())
 
 
 def test_a_stand_in_refuses_what_the_bindings_refuse(bindings: tuple[str, Path]) -> None:

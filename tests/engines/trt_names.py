@@ -66,7 +66,7 @@ BOTH: Mapping[str, tuple[str, ...]] = {"ICudaEngine": ("create_runtime_config",)
 
 PYTHON = {
     # Attributes of our own objects, of NumPy and of Python in these files.
-    "__name__", "add", "append", "best", "flush", "get", "hint", "is_file", "items", "join",
-    "last", "least", "lower", "most", "open", "read", "read_bytes", "replace", "rpartition",
+    "__name__", "add", "append", "best", "clear", "flush", "get", "hint", "is_file", "items",
+    "join", "last", "least", "lower", "most", "open", "read", "read_bytes", "replace", "rpartition",
     "runtime", "split", "startswith", "strip", "version_compatible", "write",
 }  # fmt: skip
