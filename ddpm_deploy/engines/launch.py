@@ -130,7 +130,12 @@ class Slot:
 class Binding:
     """A network bound to memory for one batch.
 
-    Where host and device share their memory, the buffers are the host's too.
+    Args:
+        cuda: The device.
+        network: The network.
+        stream: Where its calls go.
+        at: The batch.
+        shared: Whether the buffers are the host's too, where host and device share their memory.
 
     Attributes:
         batch: Samples of one call.
@@ -138,14 +143,14 @@ class Binding:
         slot: The same memory for the host; None where it is the device's alone.
     """
 
-    def __init__(self, cuda: Cuda, network: Network, stream: int, at: Cut) -> None:
+    def __init__(self, cuda: Cuda, network: Network, stream: int, at: Cut, *, shared: bool) -> None:
         self.cuda, self.network, self.stream = cuda, network, stream
         self.batch, self.profile = at.batch, at.profile
         self.slot: Slot | None = None
         self.buffers: dict[str, Buffer] = {}
         tensors = network.tensors.values()
         try:
-            if cuda.device.integrated:
+            if shared:
                 self.slot = Slot(cuda, tensors, at.batch)
                 self.buffers = self.slot.buffers
             else:

@@ -59,6 +59,9 @@ class TrtEngine(Engine):
         off = "" if graphs else "not wanted"
         self._graphs = Graphs("the runtime makes its own" if network.captures_itself else off)
         self._cuda, self._network = cuda, network
+        # A fused step copies its state and noise to what the network reads. From host to host that
+        # would wait for the step before it, so there the network has memory of its own.
+        self._shared = cuda.device.integrated and not self.fused
         self._stream = cuda.stream()
         self._binding: Binding | None = None
         self._call: Call | None = None
@@ -144,7 +147,7 @@ class TrtEngine(Engine):
             "precision": self.record.precision,
             "profiles": [str(profile) for profile in self.record.profiles],
             "fused_step": self.fused,
-            "zero_copy": device.integrated,
+            "zero_copy": self._shared,
             "cuda_graph": f"off: {self._graphs.off}" if self._graphs.off else "on",
         }
 
@@ -175,7 +178,9 @@ class TrtEngine(Engine):
         bound = self._binding
         if bound is None or (bound.batch, bound.profile) != (at.batch, at.profile):
             self._release()
-            bound = self._binding = Binding(self._cuda, self._network, self._stream, at)
+            bound = self._binding = Binding(
+                self._cuda, self._network, self._stream, at, shared=self._shared
+            )
         return bound
 
     def _release(self) -> None:

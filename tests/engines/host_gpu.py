@@ -116,6 +116,9 @@ class HostCuda(Cuda):
             self.memory(to_)[:nbytes] = self.memory(source_)[:nbytes]
 
         self.give(work)
+        if to.host is not None and source.host is not None:
+            # Such a copy waits for the stream and for itself, says CUDA of its synchronisation.
+            self.synchronise(stream)
 
     def zero(self, buffer: Buffer, stream: int) -> None:
         address = buffer.address

@@ -196,8 +196,11 @@ def test_the_fused_loop_gives_what_the_loop_in_numpy_gives(
     assert cuda.live == {}
 
 
-def test_steps_are_given_without_waiting_until_both_slots_are_in_use(opened: Open) -> None:
-    engine, cuda, network = opened(fused=True)
+@pytest.mark.parametrize("integrated", [False, True])
+def test_steps_are_given_without_waiting_until_both_slots_are_in_use(
+    opened: Open, integrated: bool
+) -> None:
+    engine, cuda, network = opened(fused=True, integrated=integrated)
     row = engine.spec.table("ddpm")[0]
     x, _, y = _inputs(4)
     with engine.stepper(4) as stepper:
