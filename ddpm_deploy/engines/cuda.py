@@ -62,11 +62,14 @@ class Graph:
         """Gives it back; once more does nothing."""
         handle, self._handle = self._handle, None
         if handle is not None:
-            _call(cudart.cudaGraphExecDestroy, handle)
+            _tried(cudart.cudaGraphExecDestroy, handle)
 
 
 class Cuda:
     """A device that was opened: the primary context, which TensorRT uses too.
+
+    Giving something back raises nothing: after an error of the device every call reports that error
+    again, and it was raised where the work was waited for.
 
     Args:
         device: What it is.
@@ -114,11 +117,15 @@ class Cuda:
 
     def close_stream(self, stream: int) -> None:
         """Gives a stream back."""
-        _call(cudart.cudaStreamDestroy, stream)
+        _tried(cudart.cudaStreamDestroy, stream)
 
     def synchronise(self, stream: int) -> None:
         """Waits until a stream's work is done; errors of that work are raised here."""
         _call(cudart.cudaStreamSynchronize, stream)
+
+    def settle(self, stream: int) -> None:
+        """Waits until a stream does nothing more, be it for an error: then memory can be freed."""
+        _tried(cudart.cudaStreamSynchronize, stream)
 
     def event(self) -> int:
         """Makes a mark for streams, without a clock; returns its handle."""
@@ -127,7 +134,7 @@ class Cuda:
 
     def close_event(self, event: int) -> None:
         """Gives an event back."""
-        _call(cudart.cudaEventDestroy, event)
+        _tried(cudart.cudaEventDestroy, event)
 
     def record(self, event: int, stream: int) -> None:
         """Sets the mark behind what a stream was given so far."""
@@ -169,9 +176,9 @@ class Cuda:
         if not buffer.address:
             return
         if buffer.host is None:
-            _call(cudart.cudaFree, buffer.address)
+            _tried(cudart.cudaFree, buffer.address)
         else:
-            _call(cudart.cudaFreeHost, buffer.host.ctypes.data)
+            _tried(cudart.cudaFreeHost, buffer.host.ctypes.data)
         buffer.address, buffer.host = 0, None
 
     def copy(self, to: Buffer, source: Buffer, nbytes: int, stream: int) -> None:

@@ -161,7 +161,7 @@ class _Part:
         return np.array(self._host.views["x"][:count], dtype=np.float32)
 
     def close(self) -> None:
-        self._cuda.synchronise(self._stream)
+        self._cuda.settle(self._stream)
         for slot in [self._host, *self._slots]:
             slot.close()
         for buffer in self._state.values():

@@ -166,6 +166,7 @@ class Binding:
             )
             cuda.synchronise(stream)
         except BaseException:
+            cuda.settle(stream)
             self.close()
             raise
 
@@ -194,14 +195,18 @@ class Call:
         self.binding = binding
         self._inputs = tuple(inputs)
         cuda, tensors = binding.cuda, binding.network.tensors
+        self._launch = Launch(cuda, binding.stream, self._work, graphs)
         self._own: list[Slot] = []
         if binding.slot is not None:
             self._in = self._out = binding.slot
-        else:
-            self._in = Slot(cuda, [tensors[name] for name in self._inputs], binding.batch)
-            self._out = Slot(cuda, [tensors["out"]], binding.batch)
-            self._own = [self._in, self._out]
-        self._launch = Launch(cuda, binding.stream, self._work, graphs)
+            return
+        try:
+            for names in (self._inputs, ("out",)):
+                self._own.append(Slot(cuda, [tensors[name] for name in names], binding.batch))
+        except BaseException:
+            self.close()
+            raise
+        self._in, self._out = self._own
 
     def __call__(self, feeds: Mapping[str, Array], samples: slice) -> Array:
         """Runs some of the samples; returns a copy of their output, in the tensor's dtype."""

@@ -185,7 +185,7 @@ class TrtEngine(Engine):
 
     def _release(self) -> None:
         """Gives back what belongs to the batch of before, once the device is done with it."""
-        self._cuda.synchronise(self._stream)
+        self._cuda.settle(self._stream)
         if self._call is not None:
             self._call.close()
             self._call = None

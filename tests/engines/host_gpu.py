@@ -41,9 +41,15 @@ class HostCuda(Cuda):
     Args:
         integrated: Whether host and device share memory, as on a Jetson.
         cannot_capture: What a capture fails with; empty where it works.
+        room: Bytes that can be taken.
+
+    Attributes:
+        broken: What every wait fails with, as after an error of the device; empty where none did.
     """
 
-    def __init__(self, *, integrated: bool = False, cannot_capture: str = "") -> None:
+    def __init__(
+        self, *, integrated: bool = False, cannot_capture: str = "", room: int = 1 << 30
+    ) -> None:
         super().__init__(
             Device(
                 name="Host memory",
@@ -53,7 +59,7 @@ class HostCuda(Cuda):
                 driver="13.0",
             )
         )
-        self.cannot_capture = cannot_capture
+        self.cannot_capture, self.room, self.broken = cannot_capture, room, ""
         self.calls: list[str] = []
         self.queue: list[Work] = []
         self.passed: set[int] = set()
@@ -78,6 +84,11 @@ class HostCuda(Cuda):
 
     def synchronise(self, stream: int) -> None:
         assert self._recording is None, "waiting ends a capture"
+        self.settle(stream)
+        if self.broken:
+            raise EngineError(self.broken)
+
+    def settle(self, stream: int) -> None:
         while self.queue:
             self.queue.pop(0)()
 
@@ -140,6 +151,8 @@ class HostCuda(Cuda):
         return self._handles
 
     def _allot(self, nbytes: int, *, host: bool) -> Buffer:
+        if nbytes + sum(len(memory) for memory in self.live.values()) > self.room:
+            raise EngineError("no room")
         # Fresh memory holds NaN, so that what nobody filled shows.
         memory = np.full(nbytes, 0 if host else 255, dtype=np.uint8)
         address = memory.ctypes.data

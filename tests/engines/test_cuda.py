@@ -6,13 +6,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
 
 from cuda.bindings import runtime as cudart
 
-from ddpm_deploy.engines.cuda import Cuda
+from ddpm_deploy.engines.cuda import Buffer, Cuda, Graph
 from ddpm_deploy.engines.device import Device
 from ddpm_deploy.errors import EngineError
 
@@ -134,6 +135,27 @@ def test_every_call_reports_its_error(answers: Callable[..., None]) -> None:
         EngineError, match=r"cudaStreamSynchronize failed: cudaErrorIllegalAddress \(an illegal me"
     ):
         Cuda(DEVICE).synchronise(5)
+
+
+def test_giving_back_after_an_error_of_the_device_raises_nothing(
+    answers: Callable[..., None],
+) -> None:
+    again = (Code.cudaErrorIllegalAddress,)
+    answers(
+        cudaStreamSynchronize=again,
+        cudaFree=again,
+        cudaFreeHost=again,
+        cudaEventDestroy=again,
+        cudaStreamDestroy=again,
+        cudaGraphExecDestroy=again,
+    )
+    device = Cuda(DEVICE)
+    device.settle(5)
+    device.free(Buffer(address=256, nbytes=8))
+    device.free(Buffer(address=256, nbytes=8, host=np.zeros(8, dtype=np.uint8)))
+    device.close_event(5)
+    device.close_stream(5)
+    Graph(5).close()
 
 
 def test_a_capture_that_fails_ends(

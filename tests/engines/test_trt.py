@@ -233,6 +233,59 @@ def test_calls_in_between_leave_the_state_of_a_stepper_alone(
     np.testing.assert_allclose(state, _reference(graph, table, noise, y), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("integrated", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_error_of_the_device_is_raised_once_and_all_is_given_back(
+    opened: Open, fused: bool, integrated: bool
+) -> None:
+    engine, cuda, _ = opened(fused=fused, integrated=integrated)
+    x, t, y = _inputs(4)
+
+    def run() -> None:
+        with engine:
+            engine(x, t, y=y)
+            if not fused:
+                cuda.broken = "cudaErrorIllegalAddress"
+                engine(x, t, y=y)
+            with engine.stepper(4) as stepper:
+                stepper.start(x, {"y": y})
+                cuda.broken = "cudaErrorIllegalAddress"
+                stepper.step(engine.spec.table("ddpm")[0], x)
+                stepper.read()
+
+    with pytest.raises(EngineError, match="cudaErrorIllegalAddress") as caught:
+        run()
+    assert caught.value.__context__ is None  # nothing failed while it went up
+    assert cuda.live == {}
+
+
+@pytest.mark.parametrize("integrated", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_where_memory_runs_out_all_that_was_taken_is_given_back(
+    opened: Open, fused: bool, integrated: bool
+) -> None:
+    engine, cuda, _ = opened(fused=fused, integrated=integrated)
+    x, t, y = _inputs(4)
+
+    def take(room: int) -> bool:
+        cuda.room = room
+        try:
+            if fused:
+                engine.stepper(4).close()
+            else:
+                engine(x, t, y=y)
+        except EngineError:
+            return False
+        finally:
+            engine._release()
+            assert cuda.live == {}
+        return True
+
+    enough = [take(room) for room in range(0, 1 << 14, 64)]
+    assert set(enough) == {False, True}
+    assert enough == sorted(enough)
+
+
 def test_a_stepper_refuses_what_does_not_fit(opened: Open) -> None:
     engine, _, _ = opened(fused=True)
     row = engine.spec.table("ddpm")[0]
