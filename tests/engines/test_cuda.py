@@ -204,3 +204,26 @@ def test_bytes_go_to_the_device_and_back() -> None:
     for buffer in (here, there, back):
         device.free(buffer)
     device.close_stream(stream)
+
+
+@pytest.mark.gpu
+def test_a_stream_goes_on_after_a_capture_that_failed() -> None:
+    try:
+        device = Cuda.open()
+    except EngineError as error:
+        pytest.skip(f"no GPU: {error}")
+    stream = device.stream()
+    here, there = device.pinned(8), device.on_device(8)
+
+    def wait() -> None:
+        device.copy(there, here, 8, stream)
+        device.synchronise(stream)
+
+    for _ in range(2):
+        with pytest.raises(EngineError, match="cudaErrorStreamCapture"):
+            device.capture(stream, wait)
+        device.copy(there, here, 8, stream)
+        device.synchronise(stream)
+    device.free(here)
+    device.free(there)
+    device.close_stream(stream)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -258,3 +260,69 @@ def test_a_second_start_finds_what_the_first_compiled(opened: Opened) -> None:
         assert cache.exists() == (engine.record.flavour == "tensorrt_rtx")
     with opened() as again:
         assert np.array_equal(again(x, t, **y), first)
+
+
+@pytest.mark.gpu
+def test_two_plans_that_are_open_do_not_disturb_each_other(opened: Opened) -> None:
+    x, t, y = _inputs(8)
+    with opened("fused") as other:
+        with opened() as engine:
+            first = engine(x, t, **y)
+            for _ in range(3):
+                other(x, t, **y)
+                assert np.array_equal(engine(x, t, **y), first)
+        assert _far(other(x, t, **y), first) < PER_CALL  # with the other's runtime gone
+
+
+@pytest.mark.gpu
+def test_a_loop_goes_on_where_it_was_after_calls_in_another_profile(opened: Opened) -> None:
+    other, t, label = _inputs(1)
+    with opened("fused") as engine:
+        expected = _last_fused(engine, 8)
+        noise = SeededNoise(0, range(8), engine.spec.sample_shape)
+        with engine.stepper(8) as stepper:
+            stepper.start(noise(0), _inputs(8)[2])
+            for k, _ in denoise_fused(stepper, engine.spec.table(), noise):
+                if k % 5 == 0:
+                    engine(other, t, **label)
+            assert np.array_equal(stepper.read(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["unet", "fused"])
+def test_memory_that_host_and_device_share_gives_the_same(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    x, t, y = _inputs(8)
+    with opened(name) as engine:
+        expected = engine(x, t, **y)
+        path = _last_fused if engine.fused else _last
+        loop = path(engine, 8)
+    # A discrete GPU reads mapped memory too, over the bus: the addresses and their order are ours.
+    apart = Cuda.open()
+    shared = Cuda(replace(apart.device, integrated=True))
+    monkeypatch.setattr(Cuda, "open", lambda: shared)
+    with opened(name) as engine:
+        assert engine.describe()["zero_copy"] is (name == "unet")
+        for _ in range(3):
+            assert np.array_equal(engine(x, t, **y), expected)
+        assert np.array_equal(path(engine, 8), loop)
+
+
+@pytest.mark.gpu
+def test_a_program_that_ends_without_closing_ends_quietly(opened: Opened) -> None:
+    with opened() as engine:
+        plan = engine.path
+    program = f"""
+import numpy as np
+from ddpm_deploy import open_engine
+engine = open_engine({str(plan)!r})
+x = np.zeros((8, 1, 8, 8), dtype=np.float32)
+zeros = np.zeros(8, dtype=np.int64)
+for _ in range(3):
+    engine(x, zeros, y=zeros)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
