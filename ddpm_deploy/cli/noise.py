@@ -61,10 +61,9 @@ def command(
         with settings("See: ddpm-deploy noise --help"):
             used = named_schedule(schedule, timesteps)
     else:
-        from ddpm_deploy.engines import open_engine
+        from ddpm_deploy.engines.base import read_spec
 
-        with open_engine(engine, device="cpu") as opened:
-            used = opened.spec.schedule
+        used = read_spec(engine).schedule
     chosen = _parse(t, used.T)
     clean = _resized(read_picture(image), image_size)
     if path.exists() and image.samefile(path):

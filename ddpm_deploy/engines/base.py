@@ -277,7 +277,7 @@ def open_engine(
     if path.suffix not in {".onnx", ".plan", *CHECKPOINT_SUFFIXES}:
         raise EngineError(
             f"{path} is not an engine: its suffix is {path.suffix!r}.",
-            hint="Engines end in .onnx or, for PyTorch, .pt, .pth or .ckpt.",
+            hint="Engines end in .onnx, .plan or, for PyTorch, .pt, .pth or .ckpt.",
         )
     if path.suffix != ".plan" and not path.is_file():
         raise EngineError(
@@ -301,6 +301,27 @@ def open_engine(
             with needs("torch", extra="export"):
                 from ddpm_deploy.engines.pytorch import TorchEngine  # noqa: PLC0415
             return TorchEngine.open(path, threads=threads, device=device, spec=spec)
+
+
+def read_spec(path: str | Path) -> ModelSpec:
+    """Returns what a network is, on any machine that can read its file.
+
+    A plan is not loaded: its sidecar says it, wherever the plan was built for.
+
+    Args:
+        path: As for `open_engine`.
+
+    Raises:
+        EngineError: The file is missing, damaged or of an unknown kind.
+        SpecError: As from `open_engine`, and the other errors too.
+    """
+    path = Path(path)
+    if path.suffix == ".plan" and not path.is_dir():
+        from ddpm_deploy.engines.plan import read_record  # noqa: PLC0415
+
+        return read_record(path).spec
+    with open_engine(path, device="cpu") as engine:
+        return engine.spec
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def _driver() -> str:
     """Returns the latest CUDA that the driver knows."""
     nothing = EngineError(
         "There is no NVIDIA driver here (libcuda.so.1 is missing), so no plan runs.",
-        hint="Install the driver, or run the graph on the CPU: --engine unet.onnx",
+        hint="Install the driver of this machine's GPU; see ddpm-deploy doctor.",
     )
     try:
         code, (version,) = _tried(cudart.cudaDriverGetVersion)

@@ -8,6 +8,7 @@ the machine.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -166,9 +167,7 @@ def read_record(plan: Path) -> PlanRecord:
             together.
     """
     if not plan.is_file():
-        raise EngineError(
-            f"There is no file {plan}.", hint="Build it first: ddpm-deploy build --fp16"
-        )
+        raise EngineError(f"There is no file {plan}.", hint=_first_build(plan))
     path = sidecar(plan)
     rebuild = f"Build it again: ddpm-deploy build --fp16 -o {plan}"
     if not path.is_file():
@@ -203,6 +202,15 @@ def rebuild_command(record: PlanRecord, plan: Path) -> str:
 def rebuild_hint(record: PlanRecord, plan: Path) -> str:
     """Returns the same as a sentence."""
     return f"Build it again: {rebuild_command(record, plan)}"
+
+
+def _first_build(plan: Path) -> str:
+    """Says how to make a plan that is missing, of the graph beside it where there is one."""
+    for graph in (plan.with_suffix(".onnx"), plan.with_name("unet.onnx")):
+        if graph.is_file():
+            words = ["ddpm-deploy", "build", str(graph), "--fp16", "-o", str(plan)]
+            return f"Build it first: {shlex.join(words)}"
+    return "Build it first: ddpm-deploy build --fp16"
 
 
 def _parse(path: Path) -> PlanRecord:

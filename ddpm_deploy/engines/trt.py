@@ -55,6 +55,7 @@ class TrtEngine(Engine):
         self.path, self.record, self.spec = path, record, record.spec
         self.name = f"{LABELS[record.flavour]} GPU"
         self.fused, self.on_gpu = record.fused_step, True
+        self.precision = record.precision
         _check_tensors(network.tensors, record, path)
         off = "" if graphs else "not wanted"
         self._graphs = Graphs("the runtime makes its own" if network.captures_itself else off)
@@ -85,10 +86,16 @@ class TrtEngine(Engine):
         """
         if device not in {"auto", "cuda"}:
             raise EngineError(
-                f"The device is {device!r}; a plan runs on a GPU alone.",
-                hint="Run the graph on the CPU: --engine unet.onnx",
+                f"The device is {device!r}; a plan runs on a GPU alone, and {path} is one.",
+                hint=f"Run its graph on the CPU: --engine {record.graph}",
             )
-        cuda = Cuda.open()
+        try:
+            cuda = Cuda.open()
+        except EngineError as error:
+            raise EngineError(
+                f"{path} does not run here. {error}",
+                hint=f"{error.hint}\nOr run its graph on the CPU: --engine {record.graph}",
+            ) from error
         check_device(path, record, cuda.device.name, cuda.device.compute_capability)
         trt = flavour.load(record.flavour)
         check_version(path, record, trt.__version__)

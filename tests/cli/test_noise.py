@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from ddpm_deploy import ModelSpec, SeededNoise, cosine
 from ddpm_deploy.cli.app import app
+from tests.engines.plans import record, write_plan
 from tests.support import write_graph
 
 
@@ -84,6 +85,15 @@ def test_the_schedule_can_come_from_an_engine(picture: Path) -> None:
     # Nichol & Dhariwal's ᾱ at the middle, f(26/50)/f(0).
     f = [math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (26 / 50, 0)]
     assert f"{f[0] / f[1]:.5g}" in err
+
+
+def test_the_schedule_can_come_from_a_plan_that_runs_elsewhere(picture: Path) -> None:
+    spec = ModelSpec(sample_shape=(1, 8, 8), schedule=cosine(50))
+    write_plan(Path("unet.plan"), record(spec=spec))
+    code, _, err = run("view.png", "--engine", "unet.plan", "--t", "25")
+    assert code == 0
+    assert err.startswith("cosine")
+    assert "T = 50" in err
 
 
 @pytest.mark.parametrize(

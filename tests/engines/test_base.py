@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from ddpm_deploy import Condition, Engine, ModelSpec, open_engine
-from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES
+from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES, read_spec
 from ddpm_deploy.errors import (
     EngineError,
     EngineInputError,
     MissingDependencyError,
     SpecError,
 )
+from tests.engines.plans import BYTES, record, write_plan
 from tests.support import tiny_spec, write_checkpoint, write_graph
 
 
@@ -137,6 +138,30 @@ def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"There is no file .*unet\.plan") as plan:
         open_engine(tmp_path / "unet.plan")
     assert plan.value.hint == "Build it first: ddpm-deploy build --fp16"
+
+
+@pytest.mark.parametrize("graph", ["small.onnx", "unet.onnx"])
+def test_a_missing_plan_is_built_of_the_graph_beside_it(tmp_path: Path, graph: str) -> None:
+    write_graph(tmp_path / graph, tiny_spec())
+    with pytest.raises(EngineError, match=r"There is no file .*small\.plan") as plan:
+        open_engine(tmp_path / "small.plan")
+    built = f"ddpm-deploy build {tmp_path / graph} --fp16 -o {tmp_path / 'small.plan'}"
+    assert plan.value.hint == f"Build it first: {built}"
+
+
+def test_a_spec_is_read_of_every_kind_of_file(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    assert read_spec(write_graph(tmp_path / "unet.onnx", spec)) == spec
+    # Of a plan that no machine runs, whose bytes are no plan's.
+    assert read_spec(str(write_plan(tmp_path / "unet.plan", record(spec=spec)))) == spec
+    checkpoint = write_checkpoint(tmp_path / "ckpt.pt")
+    assert read_spec(checkpoint) == open_engine(checkpoint).spec
+
+
+def test_a_spec_is_not_read_of_a_plan_that_was_changed(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path / "unet.plan", content=BYTES[:-1])
+    with pytest.raises(EngineError, match="It was cut short"):
+        read_spec(plan)
 
 
 @pytest.mark.parametrize(

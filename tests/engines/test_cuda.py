@@ -45,7 +45,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         (
             {"cudaDriverGetVersion": (Code.cudaSuccess, 0)},
             r"There is no NVIDIA driver here \(libcuda\.so\.1 is missing\)",
-            "--engine unet.onnx",
+            "see ddpm-deploy doctor",
         ),
         (
             {"cudaDriverGetVersion": RuntimeError("Failed to dlopen libcuda.so.1")},

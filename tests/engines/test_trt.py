@@ -38,16 +38,39 @@ def opened(graph: Path) -> Open:
         integrated: bool = False,
         cannot_capture: str = "",
         graphs: bool = True,
+        precision: str = "fp16",
         **network: Any,
     ) -> tuple[TrtEngine, HostCuda, HostNetwork]:
         parsed = tuple(Profile.parse(text) for text in profiles or ["1:8:8"])
-        said = record(spec=tiny_spec(classes=4), profiles=parsed, fused_step=fused)
+        said = record(
+            spec=tiny_spec(classes=4), profiles=parsed, fused_step=fused, precision=precision
+        )
         cuda = HostCuda(integrated=integrated, cannot_capture=cannot_capture)
         batches = [range(p.least, p.most + 1) for p in parsed]
         stand_in = HostNetwork(cuda, graph, batches, fused=fused, **network)
         return TrtEngine(Path("unet.plan"), said, cuda, stand_in, graphs=graphs), cuda, stand_in
 
     return make
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_plan_s_precision_is_its_sidecar_s(opened: Open, precision: str) -> None:
+    engine, _, _ = opened(precision=precision)
+    assert engine.precision == precision
+
+
+def test_without_a_gpu_the_graph_s_own_name_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> HostCuda:
+        raise EngineError("There is no GPU.", hint="Put one in.")
+
+    monkeypatch.setattr("ddpm_deploy.engines.trt.Cuda.open", nothing)
+    path, said = Path("small.plan"), record(graph="small.onnx")
+    with pytest.raises(EngineError, match=r"^small\.plan does not run here\. There is no") as none:
+        TrtEngine.open(path, said)
+    assert none.value.hint == "Put one in.\nOr run its graph on the CPU: --engine small.onnx"
+    with pytest.raises(EngineError, match=r"The device is 'cpu'; .* and small\.plan is one") as cpu:
+        TrtEngine.open(path, said, device="cpu")
+    assert cpu.value.hint == "Run its graph on the CPU: --engine small.onnx"
 
 
 def _inputs(batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
