@@ -55,6 +55,9 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Draw anew what the folder holds.")
     ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build a plan again that is not for this machine.")
+    ] = False,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -66,12 +69,12 @@ def command(
     """
     from typing import cast
 
-    from ddpm_deploy.engines import open_engine
+    from ddpm_deploy.cli.rebuild import open_or_rebuild
     from ddpm_deploy.noise import SeededNoise
     from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Recipe, Run, default_batch, recorded_batch
     from ddpm_deploy.sampling import Sampler, Spacing
 
-    with open_engine(engine, threads=threads, device=device) as opened:
+    with open_or_rebuild(engine, rebuild=rebuild, threads=threads, device=device) as opened:
         recipe = Recipe(
             seed=seed,
             sampler=cast("Sampler | None", sampler),

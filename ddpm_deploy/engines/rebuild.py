@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_deploy.engines.plan import PlanRecord
 from ddpm_deploy.errors import EngineError, PlanMismatchError
 
+_FLAGS = frozenset({"--fp16", "--bf16", "--fp32", "--fuse-step"}) | {
+    "--version-compatible",
+    "--hardware-compatible",
+}
+_WITH_VALUE = frozenset({"--runtime", "--batch", "--compute-capability", "--workspace"}) | {
+    "--optimization-level",
+    "--timing-cache",
+    "-o",
+}
+"""Together the options that `BuildSettings.command` writes, and no other way to spell them."""
+
 
 def rebuild_arguments(plan: Path, record: PlanRecord, mismatch: PlanMismatchError) -> list[str]:
     """Returns the arguments of `ddpm-deploy` that build a plan again, in its place.
 
-    A sidecar may come from anywhere: of its command only `build` is taken, of files only the graph
-    beside the plan and the plan itself.
+    A sidecar may come from anywhere: of its command only `build` is taken, with the options that
+    this package writes, and of files only the graph beside the plan and the plan itself.
 
     Args:
         plan: The file.
@@ -29,16 +41,33 @@ def rebuild_arguments(plan: Path, record: PlanRecord, mismatch: PlanMismatchErro
             f"{plan} cannot be built again here: its graph {record.graph} is not beside it.",
             hint=f"Copy {Path(record.graph).name} to {plan.parent}, or: {mismatch.command}",
         ) from mismatch
-    words = shlex.split(mismatch.command)
-    known = words[:2] == ["ddpm-deploy", "build"] and words.count("-o") == 1 and words[-1] != "-o"
-    if not known or len(words) < 3 or Path(words[2]).name != record.graph:
+    try:
+        words = shlex.split(mismatch.command)
+        options = _options(words[3:])
+        if words[:2] != ["ddpm-deploy", "build"] or Path(words[2]).name != record.graph:
+            raise ValueError
+    except (ValueError, IndexError) as error:
         raise EngineError(
             f"The sidecar of {plan} names no build of {record.graph}: {mismatch.command}",
             hint=f"Type the build yourself: ddpm-deploy build {graph} --fp16 -o {plan}",
-        ) from mismatch
-    words[2] = str(graph)
-    words[words.index("-o") + 1] = str(plan)
-    if "--timing-cache" in words:  # another file that would be written
-        at = words.index("--timing-cache")
-        del words[at : at + 2]
-    return words[1:]
+        ) from error
+    # What stands in the plan's place has the same inputs, and does not run: it is built in any case
+    return ["build", str(graph), *options, "--force", "-o", str(plan)]
+
+
+def _options(words: Sequence[str]) -> list[str]:
+    """Returns the options that are kept: those that name no file.
+
+    Raises:
+        ValueError: One is not as this package writes it.
+    """
+    kept: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word in _FLAGS:
+            kept.append(word)
+        elif word not in _WITH_VALUE or (value := next(left, None)) is None:
+            raise ValueError(word)
+        elif word not in {"-o", "--timing-cache"}:
+            kept += [word, value]
+    return kept

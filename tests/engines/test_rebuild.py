@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ddpm_deploy.engines.build_settings import BuildSettings
+from ddpm_deploy.engines.plan import Profile
 from ddpm_deploy.engines.rebuild import rebuild_arguments
 from ddpm_deploy.errors import EngineError, PlanMismatchError
 from tests.engines.plans import record, write_plan
@@ -22,8 +26,42 @@ def test_a_plan_is_built_again_in_its_place(tmp_path: Path) -> None:
     )
     assert rebuild_arguments(plan, record(), _mismatch(command)) == [
         *("build", f"{tmp_path}/unet.onnx", "--fp16", "--batch", "1:8:8"),
-        *("-o", f"{tmp_path}/moved.plan", "--compute-capability", "7.5"),
+        *("--compute-capability", "7.5", "--force", "-o", f"{tmp_path}/moved.plan"),
     ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        BuildSettings(
+            flavour="tensorrt",
+            precision="bf16",
+            profiles=(Profile(least=1, best=1, most=1), Profile(least=2, best=4, most=8)),
+            fuse_step=True,
+            workspace=256,
+            optimization_level=1,
+            timing_cache=Path("measured"),
+            version_compatible=True,
+            hardware_compatible=True,
+        ),
+        BuildSettings(
+            flavour="tensorrt_rtx",
+            precision="fp32",
+            profiles=(Profile(least=1, best=8, most=8),),
+            compute_capabilities=("8.6", "12.0"),
+        ),
+    ],
+)
+def test_every_option_that_a_build_writes_down_is_taken(
+    tmp_path: Path, settings: BuildSettings
+) -> None:
+    plan = write_plan(tmp_path / "unet.plan")
+    graph = tmp_path / "unet.onnx"
+    graph.write_bytes(b"graph")
+    mismatch = _mismatch(settings.command(graph, plan))
+    here = replace(settings, timing_cache=None).command(graph, plan)
+    wanted = [*shlex.split(here)[1:-2], "--force", "-o", str(plan)]
+    assert rebuild_arguments(plan, record(), mismatch) == wanted
 
 
 def test_a_graph_that_is_elsewhere_is_asked_for(tmp_path: Path) -> None:
@@ -40,9 +78,13 @@ def test_a_graph_that_is_elsewhere_is_asked_for(tmp_path: Path) -> None:
         "rm -rf unet.onnx -o x",
         "ddpm-deploy sample unet.onnx -o x",
         "ddpm-deploy build other.onnx -o x",
-        "ddpm-deploy build unet.onnx",
-        "ddpm-deploy build unet.onnx -o x -o y",
         "ddpm-deploy build unet.onnx -o",
+        "ddpm-deploy build unet.onnx --output=/etc/passwd",
+        "ddpm-deploy build unet.onnx -o/etc/passwd",
+        "ddpm-deploy build unet.onnx --output /etc/passwd -o x",
+        "ddpm-deploy build unet.onnx --timing-cache=/etc/passwd -o x",
+        "ddpm-deploy build unet.onnx other.onnx -o x",
+        "ddpm-deploy build unet.onnx '",
         "ddpm-deploy build",
         "",
     ],
