@@ -33,10 +33,10 @@ FORMAT = 1
 """Version of the JSON form. A reader refuses a later one."""
 
 METADATA_KEY = "ddpm_deploy.spec"
+"""Key of the spec in an ONNX file's `metadata_props`."""
 
 PRECISION_KEY = "ddpm_deploy.precision"
 """Where an ONNX file in mixed precision says so: JSON, with `precision` and `groups`."""
-"""Key of the spec in an ONNX file's `metadata_props`."""
 
 Meaning = Literal["class_label", "observation"]
 Rounding = Literal["nearest", "truncate"]

@@ -131,6 +131,14 @@ def rate(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
+def size(nbytes: int) -> str:
+    """Returns bytes in words: `13.3 MB`, of 10^6 bytes."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes} bytes"
+
+
 class Progress:
     """A bar on a terminal's stderr, with speed and time left; silent in a pipe but for the end.
 

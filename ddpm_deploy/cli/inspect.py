@@ -2,61 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ddpm_deploy.cli.common import Json, print_json, print_table
+from ddpm_deploy.cli.common import Json, note, print_json, print_table, size
 
 if TYPE_CHECKING:
-    from ddpm_deploy.spec import Condition
+    from ddpm_deploy.spec import Condition, ModelSpec
 
 
 def command(
     file: Annotated[Path, typer.Argument(help="An engine or a checkpoint.")],
     json: Json = False,
 ) -> None:
-    """Print what a network is: shapes, schedule, conditions, origin."""
+    """Print what a file is: network, precision, memory, where it runs.
+
+    Nothing is run, and no plan is loaded: its sidecar is read. Of a checkpoint
+    the weights are.
+    """
     from rich.table import Table
 
-    from ddpm_deploy.engines import open_engine
+    from ddpm_deploy.cli.facts import checkpoint_facts, graph_facts, plan_facts
+    from ddpm_deploy.engines.base import check_path
     from ddpm_deploy.files import sha256
 
-    with open_engine(file, device="cpu") as engine:
-        spec = engine.spec
-        data = {
-            "file": str(file),
-            "sha256": sha256(file),
-            "engine": engine.name,
-            "fused": engine.fused,
-            **spec.to_dict(),
-        }
+    check_path(file)
+    match file.suffix:
+        case ".plan":
+            facts = plan_facts(file)
+        case ".onnx":
+            facts = graph_facts(file)
+        case _:
+            facts = checkpoint_facts(file)
+    nbytes, digest = file.stat().st_size, sha256(file)
+    if facts.missing:
+        note(f"note: {facts.missing}")
     if json:
-        print_json(data)
+        spec = None if facts.spec is None else facts.spec.to_dict()
+        head = {"file": str(file), "bytes": nbytes, "sha256": digest}
+        print_json({**head, **facts.data, "spec": spec})
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    rows = {
-        "file": file,
-        "sha256": data["sha256"],
-        "engine": engine.name,
-        "step": "fused behind the network" if engine.fused else "in NumPy",
-        "samples": " x ".join(map(str, spec.sample_shape))
-        + f", values {spec.value_range[0]:g} to {spec.value_range[1]:g}",
-        "schedule": spec.schedule,
-        "predicts": f"{spec.prediction}, variance {spec.variance}",
-        "x_0": "not clipped" if spec.clip is None else f"clipped to ±{spec.clip:g}",
-        "sampler": f"{spec.sampler} (its family's own), pixels rounded: {spec.rounding}",
-        "trained at": f"t = {spec.first_timestep} to {spec.schedule.T - 1}",
-        "family": spec.family,
-        "checkpoint": spec.checkpoint_sha256 or "not recorded",
-        "written by": f"ddpm-deploy {spec.tool_version}",
-    }
-    for condition in spec.conditions:
-        rows[f"condition {condition.name}"] = describe(condition)
-    for key, value in rows.items():
-        table.add_row(key, str(value))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [("file", str(file)), ("is", facts.kind), ("size", size(nbytes)), ("sha256", digest)]
+    rows += (
+        [("spec", "none: no other command takes this file; `ddpm-deploy export` writes one")]
+        if facts.spec is None
+        else spec_rows(facts.spec)
+    )
+    before = ""
+    for key, value in [*rows, *facts.rows]:
+        table.add_row("" if key == before else key, value)
+        before = key
     print_table(table)
+    if facts.command:  # on a line of its own, whole, so that it can be copied
+        typer.echo(f"build it again:\n  {facts.command}")
+
+
+def spec_rows(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """Yields what a network is, as lines of the table."""
+    low, high = spec.value_range
+    yield "samples", f"{' x '.join(map(str, spec.sample_shape))}, values {low:g} to {high:g}"
+    yield "schedule", str(spec.schedule)
+    yield "predicts", f"{spec.prediction}, variance {spec.variance}"
+    yield "x_0", "not clipped" if spec.clip is None else f"clipped to ±{spec.clip:g}"
+    yield "sampler", f"{spec.sampler} (its family's own), pixels rounded: {spec.rounding}"
+    yield "trained at", f"t = {spec.first_timestep} to {spec.schedule.T - 1}"
+    yield "family", spec.family
+    yield "checkpoint", spec.checkpoint_sha256 or "not recorded"
+    yield "written by", f"ddpm-deploy {spec.tool_version}"
+    for condition in spec.conditions:
+        yield f"condition {condition.name}", describe(condition)
 
 
 def describe(condition: Condition) -> str:

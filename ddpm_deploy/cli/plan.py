@@ -9,7 +9,7 @@ from textwrap import fill
 
 from ddpm_deploy.cli.common import note
 from ddpm_deploy.engines.build_settings import BuildSettings, Rung
-from ddpm_deploy.engines.plan import LABELS
+from ddpm_deploy.engines.plan import LABELS, PlanRecord
 from ddpm_deploy.engines.trt_build import (
     Building,
     OutOfMemoryError,
@@ -123,8 +123,8 @@ def _clock(what: str) -> Iterator[Callable[[Building], None]]:
     spoke = 0.0
 
     def text(building: Building) -> str:
-        last = "" if building.last is None else f" (last time {_duration(building.last)})"
-        return f"{what}: {_duration(building.seconds)}{last}"
+        last = "" if building.last is None else f" (last time {duration(building.last)})"
+        return f"{what}: {duration(building.seconds)}{last}"
 
     if console.is_terminal:
         with console.status(what) as status:
@@ -140,7 +140,8 @@ def _clock(what: str) -> Iterator[Callable[[Building], None]]:
     yield line
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a time in words: `3.5 s`, `2 min 05 s`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 100:
@@ -151,7 +152,7 @@ def _duration(seconds: float) -> str:
 
 def _tell(built: PlanBuilt, given_up: Sequence[str]) -> None:
     record = built.record
-    took = _duration(record.seconds)
+    took = duration(record.seconds)
     if built.reused:
         note(
             f"{built.path} is up to date: graph, options, {record.runtime} and GPU are those that "
@@ -177,17 +178,18 @@ def _tell(built: PlanBuilt, given_up: Sequence[str]) -> None:
             note(fill(f"{reason}: {layers}", 79, initial_indent="  ", subsequent_indent="    "))
     if given_up:
         note(f"it does without {', and without '.join(given_up)}")
-    note(_where(built))
+    name = built.path.name
+    copy = f"; copy {name} and {name}.json there" if record.flavour == "tensorrt_rtx" else ""
+    note(f"it runs {where(record)}{copy}")
     note(f"draw images there: ddpm-deploy sample --engine {built.path}")
 
 
-def _where(built: PlanBuilt) -> str:
-    """Says which machines run a plan."""
-    record = built.record
+def where(record: PlanRecord) -> str:
+    """Says which machines run a plan: `on Orin, with TensorRT 10.3.0`."""
     if record.flavour == "tensorrt":
-        gpu = "on GPUs of Ampere and later" if record.hardware_compatible else f"on {record.device}"
+        gpu = "GPUs of Ampere and later" if record.hardware_compatible else record.device
         later = " and later" if record.version_compatible else ""
-        return f"it runs {gpu}, with {record.runtime}{later}"
+        return f"on {gpu}, with {record.runtime}{later}"
     if record.compute_capabilities:
         names = (
             f"{capability} ({_GPUS[capability]})" if capability in _GPUS else capability
@@ -196,7 +198,4 @@ def _where(built: PlanBuilt) -> str:
         gpus = f"GPUs of compute capability {', '.join(names)}"
     else:
         gpus = "GPUs of Ampere and later (GeForce RTX 30, 40, 50)"
-    return (
-        f"it runs on {gpus}, with {record.runtime}; copy {built.path.name} and "
-        f"{built.path.name}.json there"
-    )
+    return f"on {gpus}, with {record.runtime}"

@@ -269,21 +269,7 @@ def open_engine(
         MissingDependencyError: The runtime is not installed.
     """
     path = Path(path)
-    if path.is_dir():
-        raise EngineError(
-            f"{path} is a folder; an engine is a file.",
-            hint="Give the file: --engine unet.onnx",
-        )
-    if path.suffix not in {".onnx", ".plan", *CHECKPOINT_SUFFIXES}:
-        raise EngineError(
-            f"{path} is not an engine: its suffix is {path.suffix!r}.",
-            hint="Engines end in .onnx, .plan or, for PyTorch, .pt, .pth or .ckpt.",
-        )
-    if path.suffix != ".plan" and not path.is_file():
-        raise EngineError(
-            f"There is no file {path}.",
-            hint="Make it first: ddpm-deploy export CHECKPOINT -o unet.onnx",
-        )
+    check_path(path)
     match path.suffix:
         case ".onnx":
             with needs("onnxruntime", extra="cpu"):
@@ -303,6 +289,25 @@ def open_engine(
             return TorchEngine.open(path, threads=threads, device=device, spec=spec)
 
 
+def check_path(path: Path) -> None:
+    """Raises EngineError where a path is no engine's; whether a plan is there its sidecar says."""
+    if path.is_dir():
+        raise EngineError(
+            f"{path} is a folder; an engine is a file.",
+            hint="Give the file: --engine unet.onnx",
+        )
+    if path.suffix not in {".onnx", ".plan", *CHECKPOINT_SUFFIXES}:
+        raise EngineError(
+            f"{path} is not an engine: its suffix is {path.suffix!r}.",
+            hint="Engines end in .onnx, .plan or, for PyTorch, .pt, .pth or .ckpt.",
+        )
+    if path.suffix != ".plan" and not path.is_file():
+        raise EngineError(
+            f"There is no file {path}.",
+            hint="Make it first: ddpm-deploy export CHECKPOINT -o unet.onnx",
+        )
+
+
 def read_spec(path: str | Path) -> ModelSpec:
     """Returns what a network is, on any machine that can read its file.
 
@@ -316,7 +321,8 @@ def read_spec(path: str | Path) -> ModelSpec:
         SpecError: As from `open_engine`, and the other errors too.
     """
     path = Path(path)
-    if path.suffix == ".plan" and not path.is_dir():
+    check_path(path)
+    if path.suffix == ".plan":
         from ddpm_deploy.engines.plan import read_record  # noqa: PLC0415
 
         return read_record(path).spec

@@ -52,10 +52,7 @@ class OrtEngine(Engine):
                 str(path), options, providers=[(name, _OPTIONS.get(name, {})) for name in providers]
             )
         except Exception as error:  # ONNX Runtime's errors have no common class
-            raise EngineError(
-                f"ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}",
-                hint="Export the network again: ddpm-deploy export CHECKPOINT",
-            ) from error
+            raise _cannot_load(path, error) from error
         active = self._session.get_providers()[0]
         if active != providers[0]:
             # ONNX Runtime says this on stderr alone and goes on with the CPU.
@@ -232,6 +229,42 @@ def run_graph(
             f"ONNX Runtime {ort.__version__} cannot run {graph.name}: {_first_line(error)}",
             hint="Export the network again: ddpm-deploy export CHECKPOINT",
         ) from error
+
+
+def read_graph(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Returns what ONNX Runtime tells of any ONNX file, spec or none.
+
+    Returns:
+        Inputs and outputs, each name to type and shape, `float32 (batch, 3, 32, 32)`; and metadata.
+
+    Raises:
+        EngineError: It is no graph that ONNX Runtime loads.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[_CPU])
+    except Exception as error:
+        raise _cannot_load(path, error) from error
+    words = {_input(name, "")[0]: name for name in ("float32", "float64")}
+
+    def described(values: Any) -> dict[str, str]:
+        return {
+            v.name: f"{words.get(v.type, v.type.removeprefix('tensor(').rstrip(')'))} "
+            f"({', '.join('?' if size is None else str(size) for size in v.shape)})"
+            for v in values
+        }
+
+    metadata = dict(session.get_modelmeta().custom_metadata_map)
+    return described(session.get_inputs()), described(session.get_outputs()), metadata
+
+
+def _cannot_load(path: Path, error: Exception) -> EngineError:
+    return EngineError(
+        f"ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}",
+        hint="Export the network again: ddpm-deploy export CHECKPOINT",
+    )
 
 
 def _providers(device: str) -> list[str]:

@@ -26,6 +26,10 @@ _BITS = {
     for name in names.split()
 }
 
+_BITS_OF = {
+    number: _BITS[name] for name, number in onnx.TensorProto.DataType.items() if name in _BITS
+}
+
 _SMALL = 1024
 """Elements up to which shape inference looks into a constant: shapes, axes, sizes."""
 
@@ -44,15 +48,15 @@ class TensorType:
 
     @property
     def bytes(self) -> int | None:
-        """Bytes that it takes; None where its shape is not known."""
-        if self.shape is None:
+        """Bytes that it takes; None where its shape is not known, or its elements have no size."""
+        if self.shape is None or self.elem_type not in _BITS_OF:
             return None
         return (int(np.prod(self.shape, dtype=np.int64)) * element_bits(self.elem_type) + 7) // 8
 
 
 def element_bits(elem_type: int) -> int:
     """Returns the bits of one element: 4 for the types that are packed two to a byte."""
-    return _BITS[onnx.TensorProto.DataType.Name(elem_type)]
+    return _BITS_OF[elem_type]
 
 
 def is_op(node: onnx.NodeProto | None, *op_types: str) -> bool:

@@ -1,0 +1,129 @@
+"""What an ONNX file is: its size, its operators, its attention, and the memory it needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import helper
+from onnx.defs import ONNX_DOMAIN
+
+from ddpm_deploy.errors import EngineError
+from ddpm_deploy.export.graph import TensorType, constants
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphDescription:
+    """What a graph says of itself.
+
+    Attributes:
+        opset: Of the ONNX standard's operators; 0 where it uses none.
+        ir_version: Version of the file format.
+        producer: The program that wrote it; empty where it does not say.
+        operators: How many nodes of each operator.
+        weights: Numbers in its constants.
+        weight_bytes: Their size.
+        external: Names of the files that hold weights besides this one.
+        inputs: Name to type and shape: `float32 (batch, 3, 32, 32)`.
+        outputs: The same.
+        metadata: Its `metadata_props`.
+    """
+
+    opset: int
+    ir_version: int
+    producer: str
+    operators: Mapping[str, int]
+    weights: int
+    weight_bytes: int
+    external: tuple[str, ...]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Reads an ONNX file, without the weights that lie in other files.
+
+    Raises:
+        EngineError: It is no ONNX file.
+    """
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except DecodeError as error:
+        raise _no_graph(path, str(error)) from error
+    if not model.graph.output:  # an empty file is a model to protobuf
+        raise _no_graph(path, "it holds no graph")
+    if not all(isinstance(text, str) for text in _texts(model)):
+        raise _no_graph(path, "its names are no UTF-8")
+    return model
+
+
+def describe_graph(model: onnx.ModelProto) -> GraphDescription:
+    """Counts what a graph holds.
+
+    Args:
+        model: Left as it is. Its weights are not read.
+    """
+    tensors = constants(model.graph)
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    types = [TensorType(tensor.data_type, tuple(tensor.dims)) for tensor in tensors.values()]
+    opsets = {entry.domain or ONNX_DOMAIN: entry.version for entry in model.opset_import}
+    return GraphDescription(
+        opset=opsets.get(ONNX_DOMAIN, 0),
+        ir_version=model.ir_version,
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        operators=dict(Counter(node.op_type for node in model.graph.node).most_common()),
+        weights=sum(int(np.prod(tensor.dims, dtype=np.int64)) for tensor in tensors.values()),
+        weight_bytes=sum(kind.bytes or 0 for kind in types),
+        external=tuple(
+            dict.fromkeys(
+                entry.value
+                for tensor in model.graph.initializer
+                for entry in tensor.external_data
+                if entry.key == "location"
+            )
+        ),
+        inputs={v.name: _type(v) for v in model.graph.input if v.name not in fixed},
+        outputs={v.name: _type(v) for v in model.graph.output},
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+    )
+
+
+def _texts(model: onnx.ModelProto) -> Iterator[object]:
+    """Yields the names in a model; protobuf gives bytes where one is no UTF-8."""
+    graph = model.graph
+    yield from (model.producer_name, model.producer_version, graph.name)
+    for entry in model.metadata_props:
+        yield from (entry.key, entry.value)
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+    for tensor in graph.initializer:
+        yield tensor.name
+        yield from (entry.value for entry in tensor.external_data)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield value.name
+        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+
+
+def _type(value: onnx.ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    known = tensor.elem_type in helper.get_all_tensor_dtypes()
+    name = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name if known else "unknown"
+    name = "string" if name == "object" else name
+    sizes = [
+        dim.dim_param or (str(dim.dim_value) if dim.HasField("dim_value") else "?")
+        for dim in tensor.shape.dim
+    ]
+    return f"{name} ({', '.join(sizes)})"
+
+
+def _no_graph(path: Path, why: str) -> EngineError:
+    return EngineError(
+        f"{path} is no ONNX file: {why}.",
+        hint="Export the network again: ddpm-deploy export CHECKPOINT",
+    )
