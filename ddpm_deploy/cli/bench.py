@@ -48,9 +48,17 @@ def command(
     from ddpm_deploy.bench import Loop, engine_loop, measure
     from ddpm_deploy.doctor import machine
     from ddpm_deploy.engines import Engine, open_engine
+    from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES, check_path, needs
     from ddpm_deploy.errors import EngineError
     from ddpm_deploy.run import Recipe
 
+    if against is not None:
+        check_path(against)
+        if against.suffix not in CHECKPOINT_SUFFIXES:
+            raise EngineError(
+                f"{against} is no checkpoint, so it has no loop in PyTorch.",
+                hint=f"Time it as an engine: --engine {against}",
+            )
     recipe = Recipe(seed=seed)
     paths = list(dict.fromkeys(engine or [Path("unet.onnx")]))
     opened: list[Engine] = [open_engine(path, threads=threads, device=device) for path in paths]
@@ -58,14 +66,9 @@ def command(
     rows: dict[str, int] = {}
     spec = opened[0].spec
     if against is not None:
-        reference = open_engine(against, threads=threads, device=device, spec=spec)
-        from ddpm_deploy.engines.pytorch import TorchEngine, torch_loop
-
-        if not isinstance(reference, TorchEngine):
-            raise EngineError(
-                f"{against} is no checkpoint, so it has no loop in PyTorch.",
-                hint=f"Time it as an engine: --engine {against}",
-            )
+        with needs("torch", extra="export"):
+            from ddpm_deploy.engines.pytorch import TorchEngine, torch_loop
+        reference = TorchEngine.open(against, threads=threads, device=device, spec=spec)
         name = f"{reference.name} loop"
         loops[name] = torch_loop(reference, recipe, batch)
         rows[name] = len(recipe.table(reference.spec))

@@ -11,6 +11,7 @@ import typer
 
 from ddpm_deploy.cli.common import note
 from ddpm_deploy.engines import Engine, open_engine
+from ddpm_deploy.engines.device import find_device
 from ddpm_deploy.engines.plan import read_record
 from ddpm_deploy.engines.rebuild import rebuild_arguments
 from ddpm_deploy.errors import EngineError, PlanMismatchError
@@ -43,6 +44,11 @@ def open_or_rebuild(path: Path, *, rebuild: bool, threads: int | None, device: s
             )
             raise
         arguments = rebuild_arguments(path, record, mismatch)
+        if find_device() is None:  # said before a build that takes minutes
+            raise EngineError(
+                f"{path} is not built again: there is no NVIDIA GPU here, or no driver for it.",
+                hint=f"Run its graph on the CPU: --engine {arguments[1]}",
+            ) from mismatch
         note(f"{mismatch}\nbuilding it again: ddpm-deploy {shlex.join(arguments)}")
     except EngineError:
         if rebuild:

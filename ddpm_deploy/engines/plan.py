@@ -263,5 +263,11 @@ def _check(record: PlanRecord) -> None:
             raise TypeError(f"{name} is {value!r}")
     if record.flavour not in get_args(Flavour):
         raise ValueError(f"flavour is {record.flavour!r}")
+    if record.precision not in {"fp32", "fp16", "bf16"}:
+        raise ValueError(f"precision is {record.precision!r}")
+    if not all(isinstance(text, str) for text in record.precision_groups.values()):
+        raise TypeError("precision_groups are no texts")
+    if not all(isinstance(number, int) for number in record.layers.values()):
+        raise TypeError("layers are no numbers")
     if not record.profiles:
         raise ValueError("there is no profile")

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
 
+from ddpm_deploy.cli import rebuild as rebuild_module
 from ddpm_deploy.engines.flavour import installed
 from ddpm_deploy.engines.plan import PlanRecord, read_record
 from ddpm_deploy.engines.trt import TrtEngine
@@ -27,6 +28,13 @@ rtx = pytest.mark.skipif(
 UNET, PLAN = Path("unet.onnx"), Path("unet.plan")
 MINE = "ddpm-deploy build unet.onnx --fp16 --runtime rtx --batch 1:2:4 -o unet.plan"
 AGAIN = "ddpm-deploy build unet.onnx --fp16 --runtime rtx --batch 1:2:4 --force -o unet.plan"
+
+WITH_GPU = """
+from ddpm_deploy.cli import rebuild
+from ddpm_deploy.cli.app import main
+rebuild.find_device = lambda: True
+main()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +59,12 @@ def old(**changes: Any) -> PlanRecord:
 
 
 @pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes this machine one with a GPU, as far as is asked before a build."""
+    monkeypatch.setattr(rebuild_module, "find_device", lambda: HostCuda().device)
+
+
+@pytest.fixture
 def host_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a plan run on host memory: ONNX Runtime computes its graph."""
 
@@ -63,7 +77,7 @@ def host_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @rtx
-@pytest.mark.usefixtures("host_gpu")
+@pytest.mark.usefixtures("gpu", "host_gpu")
 def test_a_plan_of_another_version_is_built_again_and_sampled() -> None:
     outcome = run("sample", "-e", PLAN, "-n", 2, "--rebuild")
     assert outcome.code == 0, outcome.err
@@ -84,7 +98,7 @@ def test_a_plan_of_another_version_is_built_again_and_sampled() -> None:
 
 
 @rtx
-@pytest.mark.usefixtures("host_gpu")
+@pytest.mark.usefixtures("gpu", "host_gpu")
 def test_a_run_of_the_old_plan_is_not_continued_with_the_new_one() -> None:
     run("build", UNET, "--fp32", "-o", PLAN, "--batch", 1)
     assert run("sample", "-e", PLAN, "-n", 1).code == 0
@@ -138,12 +152,22 @@ def test_a_graph_that_is_not_there_is_asked_for() -> None:
     assert "its graph unet.onnx is not beside it" in refusal(outcome)
 
 
+def test_without_a_gpu_nothing_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebuild_module, "find_device", lambda: None)
+    before = contents(folder)
+    outcome = run("sample", "-e", PLAN, "--rebuild")
+    assert refusal(outcome).startswith("unet.plan is not built again: there is no NVIDIA GPU here")
+    assert "hint: Run its graph on the CPU: --engine unet.onnx" in outcome.err
+    assert contents(folder) == before
+
+
 def test_an_engine_that_is_no_plan_is_refused() -> None:
     message = refusal(run("sample", "-e", UNET, "--rebuild"))
     assert message == "--rebuild is for a TensorRT plan; unet.onnx is none."
 
 
 @rtx
+@pytest.mark.usefixtures("gpu")
 def test_a_build_that_fails_has_one_message_and_leaves_the_plan(folder: Path) -> None:
     write_plan(PLAN, old(spec=tiny_spec(size=16)))
     UNET.write_bytes(b"no graph")
@@ -156,7 +180,7 @@ def test_a_build_that_fails_has_one_message_and_leaves_the_plan(folder: Path) ->
 @rtx
 def test_ctrl_c_while_building_again_is_one_message_and_leaves_the_plan(folder: Path) -> None:
     before = contents(folder)
-    process = start("sample", "-e", PLAN, "--rebuild")
+    process = start("sample", "-e", PLAN, "--rebuild", python=["-c", WITH_GPU])
     child = worker(process)
     process.send_signal(signal.SIGINT)
     outcome = finish(process)

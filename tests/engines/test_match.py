@@ -61,9 +61,12 @@ def _of(content: bytes) -> Any:
     return record(plan_sha256=hashlib.sha256(content).hexdigest())
 
 
-def _later(plan: Path) -> None:
-    data = json.loads(sidecar(plan).read_text())
-    sidecar(plan).write_text(json.dumps(data | {"format": 2}))
+def _changed(**fields: Any) -> Callable[[Path], object]:
+    def change(plan: Path) -> None:
+        data = json.loads(sidecar(plan).read_text())
+        sidecar(plan).write_text(json.dumps(data | fields))
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,14 @@ def _later(plan: Path) -> None:
         (lambda plan: plan.write_bytes(BYTES[:-1]), "1,049 bytes; its sidecar says 1,050", AGAIN),
         (lambda plan: sidecar(plan).unlink(), "has no sidecar", "Copy unet.plan.json along"),
         (lambda plan: sidecar(plan).write_text("{"), "is damaged", "Copy plan and sidecar again"),
-        (_later, "is of format 2; this release reads formats up to 1", "pip install --upgrade"),
+        (_changed(precision="fp8"), "damaged .*precision is 'fp8'", "Copy plan and sidecar again"),
+        (_changed(precision_groups={"fp16": 3}), "damaged .*are no texts", "Copy plan and sidecar"),
+        (_changed(layers={"CONVOLUTION HALF": "3"}), "damaged .*are no num", "Copy plan and sidec"),
+        (
+            _changed(format=2),
+            "is of format 2; this release reads formats up to 1",
+            "pip install --upgrade",
+        ),
         (lambda plan: plan.unlink(), "There is no file", "Build it first: ddpm-deploy build"),
     ],
 )
