@@ -554,6 +554,11 @@ def default_batch(spec: ModelSpec) -> int:
     return max(1, min(64, 2**12 // pixels))
 
 
+def batch_for(engine: Engine) -> int:
+    """Returns how many samples an engine should be given at once, if nobody says."""
+    return engine.best_batch or default_batch(engine.spec)
+
+
 def recorded_batch(folder: Path) -> int | None:
     """Returns the batch with which the run in a folder was begun, None where there is no run.
 

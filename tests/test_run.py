@@ -17,7 +17,7 @@ from PIL import Image
 from ddpm_deploy import Engine, ModelSpec, Schedule, SeededNoise, denoise, linear, open_engine
 from ddpm_deploy.errors import EngineError, EngineInputError, RunError
 from ddpm_deploy.images import to_pixels
-from ddpm_deploy.run import GIF_NAME, Recipe, Run, default_batch, recorded_batch, sample
+from ddpm_deploy.run import GIF_NAME, Recipe, Run, batch_for, default_batch, recorded_batch, sample
 from ddpm_deploy.spec import METADATA_KEY
 from tests.commands import contents
 from tests.support import tiny_spec, write_fused, write_graph
@@ -474,6 +474,12 @@ def test_the_animation_unfolds_x0_and_ends_with_the_images(tmp_path: Path, engin
 def test_the_default_batch_fits_a_small_machine(shape: Sequence[int], batch: int) -> None:
     spec = ModelSpec(sample_shape=tuple(shape), schedule=linear(10))
     assert default_batch(spec) == batch
+
+
+def test_an_engine_that_was_built_for_a_batch_is_given_it(engine: Engine) -> None:
+    assert batch_for(engine) == default_batch(engine.spec)
+    engine.best_batch = 5
+    assert batch_for(engine) == 5
 
 
 def test_overwrite_removes_no_picture_that_the_run_did_not_make(

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 CALIBRATION_PICTURES = 8
 
+SMALLEST_BEST = 8
+"""A GPU wants some images at once; in a plan their attention takes little memory."""
+
 
 def command(
     ctx: typer.Context,
@@ -267,13 +270,13 @@ def _choose_flavour(runtime: str) -> Flavour:
 
 
 def _profiles(texts: list[str] | None, spec: ModelSpec) -> tuple[Profile, ...]:
-    """Reads `--batch`; if left out, batches of 1 to 8 or to what `sample` draws at once."""
+    """Reads `--batch`; if left out, 1 to 8, or to what `sample` gives a small machine."""
     from ddpm_deploy.engines.plan import Profile
     from ddpm_deploy.run import default_batch
 
     if not texts:
-        best = default_batch(spec)
-        return (Profile(least=1, best=best, most=max(best, 8)),)
+        best = max(default_batch(spec), SMALLEST_BEST)
+        return (Profile(least=1, best=best, most=best),)
     with settings(hint="Type --batch 1:8:32, or one number for a plan of that batch alone."):
         return tuple(Profile.parse(text) for text in dict.fromkeys(texts))
 

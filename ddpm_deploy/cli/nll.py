@@ -71,7 +71,7 @@ def command(
     from ddpm_deploy.engines import open_engine
     from ddpm_deploy.images import is_picture
     from ddpm_deploy.noise import SeededNoise
-    from ddpm_deploy.run import default_batch
+    from ddpm_deploy.run import batch_for
 
     with open_engine(engine, threads=threads, device=device) as opened:
         spec = opened.spec
@@ -89,7 +89,7 @@ def command(
             )
         count = min(count, len(pictures))
         chosen = np.arange(count) * len(pictures) // count
-        batch = batch or min(count, default_batch(spec))
+        batch = batch or min(count, batch_for(opened))
         last = spec.schedule.T - 1
         terms = (min(TIMESTEPS, last) or None) if timesteps is None else timesteps
         low, high = spec.value_range

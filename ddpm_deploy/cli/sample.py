@@ -71,7 +71,7 @@ def command(
 
     from ddpm_deploy.cli.rebuild import open_or_rebuild
     from ddpm_deploy.noise import SeededNoise
-    from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Recipe, Run, default_batch, recorded_batch
+    from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Recipe, Run, batch_for, recorded_batch
     from ddpm_deploy.sampling import Sampler, Spacing
 
     with open_or_rebuild(engine, rebuild=rebuild, threads=threads, device=device) as opened:
@@ -95,9 +95,7 @@ def command(
             recipe=recipe,
             start=start,
             count=count,
-            batch=batch
-            or (None if overwrite else recorded_batch(output))
-            or default_batch(opened.spec),
+            batch=batch or (None if overwrite else recorded_batch(output)) or batch_for(opened),
             origin=["ddpm-deploy", *sys.argv[1:]],
         )
         if gif and not run.pictures:

@@ -30,6 +30,7 @@ class Engine(ABC):
         path: The file it came from.
         fused: Whether the sampler's step is fused behind the network, so that it has a `stepper`.
         precision: What most of it computes in: `fp32`, `fp16` or `bf16`.
+        best_batch: The batch that it was built to be fastest at; None where it was not built so.
         on_gpu: Whether it runs on a GPU, which leaves the host's cores to draw noise.
     """
 
@@ -38,6 +39,7 @@ class Engine(ABC):
     path: Path
     fused: bool = False
     precision: str = "fp32"
+    best_batch: int | None = None
     on_gpu: bool = False
 
     def __call__(self, x: Samples, t: Timesteps, **conditions: Array) -> Samples:

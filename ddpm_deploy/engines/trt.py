@@ -56,6 +56,7 @@ class TrtEngine(Engine):
         self.name = f"{LABELS[record.flavour]} GPU"
         self.fused, self.on_gpu = record.fused_step, True
         self.precision = record.precision
+        self.best_batch = max(profile.best for profile in record.profiles)
         _check_tensors(network.tensors, record, path)
         off = "" if graphs else "not wanted"
         self._graphs = Graphs("the runtime makes its own" if network.captures_itself else off)

@@ -219,8 +219,8 @@ def test_of_two_runtimes_tensorrt_is_for_the_gpu_that_is_here(
     assert build_command._choose_flavour("rtx") == "tensorrt_rtx"
 
 
-def test_the_batches_are_those_of_sample_if_left_out() -> None:
-    for size, profile in ((8, "1:64:64"), (32, "1:4:8"), (64, "1:1:8")):
+def test_the_batches_are_a_gpu_s_if_left_out() -> None:
+    for size, profile in ((8, "1:64:64"), (32, "1:8:8"), (64, "1:8:8")):
         (only,) = build_command._profiles(None, tiny_spec(size=size))
         assert str(only) == profile
 

@@ -59,6 +59,11 @@ def test_a_plan_s_precision_is_its_sidecar_s(opened: Open, precision: str) -> No
     assert engine.precision == precision
 
 
+def test_a_plan_is_given_the_batch_that_it_is_fastest_at(opened: Open) -> None:
+    engine, _, _ = opened("1:1:1", "1:4:8")
+    assert engine.best_batch == 4
+
+
 def test_without_a_gpu_the_graph_s_own_name_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing() -> HostCuda:
         raise EngineError("There is no GPU.", hint="Put one in.")
