@@ -76,6 +76,7 @@ def write_graph(path: Path, spec: ModelSpec | None, *, bias: float = 0.0) -> Pat
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     if spec is not None:
         helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+    path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, path)
     return path
 

@@ -148,7 +148,7 @@ def command(
             )
         return
 
-    from ddpm_deploy.cli.plan import make_plan
+    from ddpm_deploy.cli.plan import check_plan, make_plan
     from ddpm_deploy.engines.base import needs
     from ddpm_deploy.engines.build_settings import BuildSettings
 
@@ -199,6 +199,7 @@ def command(
             chosen,
             spec=spec,
             prepare=lambda smaller: prepared(smaller.profiles),
+            check=functools.partial(check_plan, graph),
             force=force,
             retry_smaller=retry_smaller,
         )

@@ -18,7 +18,12 @@ from ddpm_deploy.engines.trt_build import (
     TooLargeError,
     build_plan,
 )
+from ddpm_deploy.errors import EngineBuildError, EngineError, MissingDependencyError
+from ddpm_deploy.parity import BUDGETS
 from ddpm_deploy.spec import ModelSpec
+
+OTHER_FUNCTION = 0.1
+"""An error that no rounding explains."""
 
 _LINE_EVERY = 60.0
 """Seconds between two lines about a build that goes on, where there is no terminal."""
@@ -54,6 +59,7 @@ def make_plan(
     *,
     spec: ModelSpec,
     prepare: Callable[[BuildSettings], Prepared],
+    check: Callable[[Path, PlanRecord], None],
     force: bool,
     retry_smaller: bool,
 ) -> PlanBuilt:
@@ -65,6 +71,7 @@ def make_plan(
         settings: What to build with.
         spec: What the network is.
         prepare: Makes the graph that TensorRT reads.
+        check: As in `build_plan`.
         force: Build though nothing has changed.
         retry_smaller: When memory runs out, go on with the next smaller build.
 
@@ -81,6 +88,7 @@ def make_plan(
                     settings,
                     spec=spec,
                     prepare=prepare,
+                    check=check,
                     force=force,
                     watch=watch,
                 )
@@ -95,6 +103,47 @@ def make_plan(
             note(f"{error} Trying again without {gives_up}.")
     _tell(built, given_up)
     return built
+
+
+def check_plan(graph: Path, plan: Path, record: PlanRecord) -> None:
+    """Runs a plan that was just built beside its graph, where its GPU is, and says how far it is.
+
+    Args:
+        graph: The `.onnx` file.
+        plan: The plan, which need not have its name yet.
+        record: Its sidecar.
+
+    Raises:
+        EngineBuildError: Its output is another function's.
+    """
+    from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.engines.device import find_device
+    from ddpm_deploy.export.prove import prove
+
+    if find_device() is None:
+        return
+    with needs("cuda-bindings", extra="tensorrt"):
+        from ddpm_deploy.engines.trt import TrtEngine
+    try:
+        with TrtEngine.open(plan, record) as engine:
+            error = prove(graph, engine)
+    except (EngineError, MissingDependencyError) as reason:
+        note(f"the plan was not compared with its graph here: {reason}")
+        return
+    finally:
+        plan.with_name(plan.name + ".cache").unlink(missing_ok=True)
+    if not error <= OTHER_FUNCTION:
+        raise EngineBuildError(
+            f"{record.runtime} built another function than the graph: on this GPU they differ by "
+            f"{error:.1e} of the peak. Nothing was written.",
+            hint="Try --fp32, or --optimization-level 1, and please report the network.",
+        )
+    note(f"on this GPU its output is at most {error:.1e} of the peak from the graph's")
+    if not error <= BUDGETS[record.precision]:
+        note(
+            f"that is more than {BUDGETS[record.precision]:.0e}, what rounding explains: see "
+            f"ddpm-deploy verify --against {graph}"
+        )
 
 
 def _named(settings: BuildSettings) -> str:

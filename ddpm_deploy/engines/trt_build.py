@@ -124,6 +124,7 @@ def build_plan(
     *,
     spec: ModelSpec,
     prepare: Callable[[BuildSettings], Prepared],
+    check: Callable[[Path, PlanRecord], None] = lambda _plan, _record: None,
     force: bool = False,
     watch: Callable[[Building], None] = lambda _: None,
 ) -> PlanBuilt:
@@ -135,6 +136,7 @@ def build_plan(
         settings: What to build with.
         spec: What the network is.
         prepare: Makes the graph that TensorRT reads; called when there is something to build.
+        check: Called with the plan before it gets its name; what it raises leaves nothing.
         force: Build in any case.
         watch: Called several times a second while the build goes on.
 
@@ -170,6 +172,7 @@ def build_plan(
                 layers=layers,
                 seconds=round(seconds, 3),
             )
+            check(plan, record)
             side.write_text(record.to_json(), encoding="utf-8")
     return PlanBuilt(path=output, record=record, reused=False, changed=changed)
 

@@ -119,7 +119,7 @@ def calibrate(
         return Calibrated(mixed=convert(model, precision), budget=allowed)
     on_progress(f"measuring {precision} against float32 on x_t of {steps} timesteps")
     with (
-        _written(_small(model, images)) as path,
+        written(small(model, images)) as path,
         open_engine(path, device="cpu", threads=threads) as engine,
     ):
         calls = sampled(engine, steps, images) if data is None else noised(engine, data, steps)
@@ -216,7 +216,7 @@ class _Trial:
     def errors(self, keep: Mapping[str, str]) -> dict[int, float]:
         """Returns the error by timestep with these operators in float32."""
         model = rounded(convert(self.model, self.precision, keep=keep).model)
-        outs = self._run(_small(model, len(self.calls[0].out)), ["out"])
+        outs = self._run(small(model, len(self.calls[0].out)), ["out"])
         return {
             int(call.feeds["t"][0]): float(np.nan_to_num(relative_error(out, call.out), nan=np.inf))
             for call, (out,) in zip(self.calls, outs, strict=True)
@@ -270,13 +270,13 @@ class _Trial:
     def _run(self, model: onnx.ModelProto, outputs: Sequence[str]) -> list[list[Array]]:
         with needs("onnxruntime", extra="cpu"):
             from ddpm_deploy.engines.ort import run_graph  # noqa: PLC0415
-        with _written(model) as path:
+        with written(model) as path:
             feeds = [call.feeds for call in self.calls]
             return run_graph(path, feeds, outputs, threads=self.threads)
 
 
 @contextmanager
-def _written(model: onnx.ModelProto) -> Iterator[Path]:
+def written(model: onnx.ModelProto) -> Iterator[Path]:
     """Gives a file of a model while it is needed."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
@@ -285,6 +285,6 @@ def _written(model: onnx.ModelProto) -> Iterator[Path]:
         yield path
 
 
-def _small(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+def small(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """Returns the same function with attention's matrices cut: quicker on a CPU, and smaller."""
     return split_queries(model, batch=batch, limit_bytes=ATTENTION_BYTES).model

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 
+from ddpm_deploy import Engine, open_engine
 from ddpm_deploy.cli import build as build_command
 from ddpm_deploy.cli.plan import _clock
 from ddpm_deploy.engines import device as device_module
@@ -19,8 +20,10 @@ from ddpm_deploy.engines import flavour as flavour_module
 from ddpm_deploy.engines import trt_build
 from ddpm_deploy.engines.build_settings import BuildSettings
 from ddpm_deploy.engines.flavour import installed
-from ddpm_deploy.engines.plan import read_record
+from ddpm_deploy.engines.plan import PlanRecord, read_record
+from ddpm_deploy.engines.trt import TrtEngine
 from ddpm_deploy.engines.trt_build import Building, Prepared
+from ddpm_deploy.errors import PlanMismatchError
 from ddpm_deploy.export import prepare as prepare_module
 from ddpm_deploy.export.precision import recorded
 from ddpm_deploy.export.prepare import Lowered
@@ -352,3 +355,42 @@ def test_the_building_process_does_not_outlive_its_command(digits: Path) -> None
     process.kill()
     finish(process)
     assert gone(child)
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        (0.0, "on this GPU its output is at most 0.0e+00 of the peak from the graph's\n"),
+        (0.01, "that is more than 5e-03, what rounding explains: see ddpm-deploy verify"),
+        (0.5, "error: TensorRT-RTX 1.7.1.116 built another function than the graph: on this GPU"),
+        (float("nan"), "they differ by inf of the peak. Nothing was written."),
+    ],
+)
+def test_where_its_gpu_is_a_plan_is_compared_with_its_graph(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, bias: float, said: str
+) -> None:
+    # A stand-in for a GPU: what it runs is a graph, with a fault or without, in ONNX Runtime.
+    other = write_graph(folder / "other" / "unet.onnx", tiny_spec(), bias=bias)
+    monkeypatch.setattr(device_module, "find_device", object)
+    monkeypatch.setattr(TrtEngine, "open", lambda _plan, _record: open_engine(other))
+    before = contents(folder)
+    outcome = build("--fp16")
+    assert said in outcome.err
+    refused = not bias < 0.1
+    assert outcome.code == (2 if refused else 0)
+    assert refused == (contents(folder) == before)
+
+
+@rtx
+def test_a_plan_for_other_gpus_is_built_without_the_comparison(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def open_there(_plan: Path, _record: PlanRecord) -> Engine:
+        raise PlanMismatchError("it is for another GPU.", command="")
+
+    monkeypatch.setattr(device_module, "find_device", object)
+    monkeypatch.setattr(TrtEngine, "open", open_there)
+    outcome = build("--fp16")
+    assert outcome.code == 0
+    assert "the plan was not compared with its graph here: it is for another GPU." in outcome.err
