@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,8 +97,9 @@ def parse_labels(text: str | None, spec: ModelSpec) -> tuple[int, ...] | None:
 
 
 def note(text: str) -> None:
-    """Prints a line about the work to stderr."""
-    typer.echo(text, err=True)
+    """Prints a line about the work to stderr, above a bar or clock that stands there."""
+    # By name, since a bar or clock puts a stream of its own there.
+    typer.echo(text, file=sys.stderr, err=True)
 
 
 def note_untrained(spec: ModelSpec, table: Table) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,14 +171,28 @@ def _clock(what: str) -> Iterator[Callable[[Building], None]]:
 
     console = Console(stderr=True)
     spoke = 0.0
+    start = time.perf_counter()
+    begun: Building | None = None
 
     def text(building: Building) -> str:
         last = "" if building.last is None else f" (last time {duration(building.last)})"
         return f"{what}: {duration(building.seconds)}{last}"
 
+    class Line:
+        """What stands beside the spinner, made anew whenever it turns."""
+
+        def __rich__(self) -> str:
+            if begun is not None:
+                return text(begun)
+            return f"preparing the graph: {duration(time.perf_counter() - start)}"
+
+    def watch(building: Building) -> None:
+        nonlocal begun
+        begun = building
+
     if console.is_terminal:
-        with console.status(what) as status:
-            yield lambda building: status.update(text(building))
+        with console.status(Line()):
+            yield watch
         return
 
     def line(building: Building) -> None:
