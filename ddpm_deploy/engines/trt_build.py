@@ -18,7 +18,6 @@ from importlib import util
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import ddpm_deploy
@@ -322,12 +321,7 @@ class _Worker:
         self.capabilities = tuple(ready["capabilities"])
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
