@@ -27,13 +27,11 @@ class Buffer:
         address: Where the device finds it.
         nbytes: Its size.
         host: The same bytes for the host, uint8, (nbytes,); None for memory of the device alone.
-        zero_copy: Whether device and host share the bytes, so that nothing need be copied.
     """
 
     address: int
     nbytes: int
     host: Array | None = None
-    zero_copy: bool = False
 
     def view(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Returns the host's bytes as an array; nobody may keep it after the buffer is freed.
@@ -169,7 +167,7 @@ class Cuda:
         array[:] = 0
         if mapped:
             (address,) = _call(cudart.cudaHostGetDevicePointer, address, 0)
-        return Buffer(address=int(address), nbytes=nbytes, host=array, zero_copy=mapped)
+        return Buffer(address=int(address), nbytes=nbytes, host=array)
 
     def free(self, buffer: Buffer) -> None:
         """Gives memory back; once more does nothing."""

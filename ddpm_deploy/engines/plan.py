@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ddpm_deploy.errors import EngineError
-from ddpm_deploy.files import sha256, write_text
+from ddpm_deploy.files import sha256
 from ddpm_deploy.spec import ModelSpec
 
 FORMAT = 1
@@ -148,10 +148,6 @@ class PlanRecord:
         plain = {**asdict(self), "spec": self.spec.to_dict()}
         plain["profiles"] = [str(profile) for profile in self.profiles]
         return json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"
-
-    def write(self, plan: Path) -> None:
-        """Writes the sidecar beside a plan, whole or not at all."""
-        write_text(sidecar(plan), self.to_json())
 
 
 def sidecar(plan: Path) -> Path:

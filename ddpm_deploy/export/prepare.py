@@ -56,14 +56,12 @@ class Lowered:
         changed: Whether it is another than the file's.
         groups: How many operators compute in what, and why; empty in float32.
         error: Of its output over the peak, as measured; None where it was not.
-        kept: Operators that calibration sent back to float32.
     """
 
     model: onnx.ModelProto
     changed: bool = False
     groups: Mapping[str, str] = field(default_factory=dict)
     error: float | None = None
-    kept: int = 0
 
 
 def lower_precision(
@@ -116,7 +114,6 @@ def lower_precision(
         changed=True,
         groups=dict(mixed.groups),
         error=calibrated.worst,
-        kept=len(calibrated.kept),
     )
 
 

@@ -157,10 +157,7 @@ class HostCuda(Cuda):
         memory = np.full(nbytes, 0 if host else 255, dtype=np.uint8)
         address = memory.ctypes.data
         self.live[address] = memory
-        shared = host and self.device.integrated
-        return Buffer(
-            address=address, nbytes=nbytes, host=memory if host else None, zero_copy=shared
-        )
+        return Buffer(address=address, nbytes=nbytes, host=memory if host else None)
 
 
 class HostNetwork:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from ddpm_deploy.engines.plan import PlanRecord, Profile
+from ddpm_deploy.engines.plan import PlanRecord, Profile, sidecar
 from tests.support import tiny_spec
 
 BYTES = b"no runtime reads this" * 50
@@ -35,5 +35,5 @@ def record(**changes: Any) -> PlanRecord:
 def write_plan(path: Path, plan: PlanRecord | None = None, content: bytes = BYTES) -> Path:
     """Writes bytes and a sidecar that may or may not belong to them."""
     path.write_bytes(content)
-    (plan or record()).write(path)
+    sidecar(path).write_text((plan or record()).to_json(), encoding="utf-8")
     return path

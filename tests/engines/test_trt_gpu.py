@@ -20,7 +20,7 @@ from ddpm_deploy.engines import match
 from ddpm_deploy.engines.cuda import Cuda
 from ddpm_deploy.engines.flavour import installed, load
 from ddpm_deploy.engines.match import Runtimes, checked_record
-from ddpm_deploy.engines.plan import Flavour, PlanRecord, Profile, read_record
+from ddpm_deploy.engines.plan import Flavour, PlanRecord, Profile, read_record, sidecar
 from ddpm_deploy.engines.runtime_cache import RuntimeCache
 from ddpm_deploy.engines.trt import TrtEngine
 from ddpm_deploy.engines.trt_network import TrtNetwork
@@ -73,7 +73,7 @@ def build(graph: Path, flavour: Flavour, plan: Path, *, capability: str = "") ->
     plan.write_bytes(content)
     here = Runtimes.here()
     device = Cuda.open().device if flavour == "tensorrt" else None
-    PlanRecord(
+    record = PlanRecord(
         spec=tiny_spec(classes=CLASSES),
         plan_sha256=sha256(plan),
         plan_bytes=plan.stat().st_size,
@@ -88,7 +88,8 @@ def build(graph: Path, flavour: Flavour, plan: Path, *, capability: str = "") ->
         precision="fp32",
         fused_step=graph.stem == "fused",
         command=f"ddpm-deploy build {graph.name} --fp32 -o {plan.name}",
-    ).write(plan)
+    )
+    sidecar(plan).write_text(record.to_json(), encoding="utf-8")
     return plan
 
 
@@ -147,7 +148,7 @@ def test_a_byte_of_a_built_plan_decides(ahead_of_time: Path, tmp_path: Path) -> 
     content[len(content) // 2] ^= 1
     plan = tmp_path / "ahead.plan"
     plan.write_bytes(content)
-    read_record(ahead_of_time).write(plan)
+    sidecar(plan).write_bytes(sidecar(ahead_of_time).read_bytes())
     with pytest.raises(EngineError, match="It was changed, or the sidecar belongs to another"):
         open_engine(plan)
 
