@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,26 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
     with process:
         out, err = process.communicate(timeout=100)
     return Outcome(process.returncode, out, err)
+
+
+def builder(process: subprocess.Popen[str]) -> int:
+    """Waits for the process that a command builds its plan in, and returns its number."""
+    for _ in range(600):
+        for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            if "trt_worker" in Path(f"/proc/{number}/cmdline").read_text():
+                return int(number)
+        time.sleep(0.05)
+    raise AssertionError(finish(process))
+
+
+def gone(number: int) -> bool:
+    """Waits for a process to end."""
+    for _ in range(200):
+        state = Path(f"/proc/{number}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def refusal(outcome: Outcome) -> str:

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from ddpm_deploy.errors import PlanMismatchError
 from ddpm_deploy.export import prepare as prepare_module
 from ddpm_deploy.export.precision import recorded
 from ddpm_deploy.export.prepare import Lowered
-from tests.commands import Outcome, contents, finish, refusal, run, start
+from tests.commands import Outcome, builder, contents, finish, gone, refusal, run, start
 from tests.support import tiny_spec, write_graph
 
 rtx = pytest.mark.skipif(
@@ -304,31 +303,11 @@ def test_in_a_pipe_the_clock_speaks_once_a_minute(capsys: pytest.CaptureFixture[
     ]
 
 
-def worker(process: subprocess.Popen[str]) -> int:
-    """Waits for the process that builds, and returns its number."""
-    for _ in range(600):
-        for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            if "trt_worker" in Path(f"/proc/{number}/cmdline").read_text():
-                return int(number)
-        time.sleep(0.05)
-    raise AssertionError(finish(process))
-
-
-def gone(number: int) -> bool:
-    """Waits for a process to end."""
-    for _ in range(200):
-        state = Path(f"/proc/{number}/stat")
-        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            return True
-        time.sleep(0.05)
-    return False
-
-
 @rtx
 def test_ctrl_c_ends_both_processes_and_leaves_nothing(folder: Path, digits: Path) -> None:
     before = contents(folder)
     process = start("build", digits, "--fp32", "-o", "unet.plan")
-    child = worker(process)
+    child = builder(process)
     time.sleep(0.5)  # the demo's plan takes a second and more, after the runtime was loaded
     process.send_signal(signal.SIGINT)
     outcome = finish(process)
@@ -341,7 +320,7 @@ def test_ctrl_c_ends_both_processes_and_leaves_nothing(folder: Path, digits: Pat
 def test_a_build_that_the_system_kills_offers_the_ladder(folder: Path, digits: Path) -> None:
     before = contents(folder)
     process = start("build", digits, "--fp32", "-o", "unet.plan")
-    os.kill(worker(process), signal.SIGKILL)
+    os.kill(builder(process), signal.SIGKILL)
     outcome = finish(process)
     assert refusal(outcome).startswith("The system killed the build after ")
     assert "--batch 1:1:1" in outcome.err
@@ -351,7 +330,7 @@ def test_a_build_that_the_system_kills_offers_the_ladder(folder: Path, digits: P
 @rtx
 def test_the_building_process_does_not_outlive_its_command(digits: Path) -> None:
     process = start("build", digits, "--fp32", "-o", "unet.plan")
-    child = worker(process)
+    child = builder(process)
     process.kill()
     finish(process)
     assert gone(child)

@@ -16,8 +16,7 @@ from ddpm_deploy.cli import rebuild as rebuild_module
 from ddpm_deploy.engines.flavour import installed
 from ddpm_deploy.engines.plan import PlanRecord, read_record
 from ddpm_deploy.engines.trt import TrtEngine
-from tests.cli.test_build_plan import gone, worker
-from tests.commands import contents, finish, refusal, run, start
+from tests.commands import builder, contents, finish, gone, refusal, run, start
 from tests.engines.host_gpu import HostCuda, HostNetwork
 from tests.engines.plans import BYTES, record, write_plan
 from tests.support import tiny_spec, write_graph
@@ -102,7 +101,8 @@ def test_a_plan_of_another_version_is_built_again_and_sampled() -> None:
 def test_a_run_of_the_old_plan_is_not_continued_with_the_new_one() -> None:
     run("build", UNET, "--fp32", "-o", PLAN, "--batch", 1)
     assert run("sample", "-e", PLAN, "-n", 1).code == 0
-    replace(read_record(PLAN), version="1.0.0.1", command=MINE).write(PLAN)
+    other = replace(read_record(PLAN), version="1.0.0.1", command=MINE)
+    write_plan(PLAN, other, content=PLAN.read_bytes())
     before = contents(Path("samples"))
     outcome = run("sample", "-e", PLAN, "-n", 2, "--rebuild")
     assert outcome.code == 2
@@ -181,7 +181,7 @@ def test_a_build_that_fails_has_one_message_and_leaves_the_plan(folder: Path) ->
 def test_ctrl_c_while_building_again_is_one_message_and_leaves_the_plan(folder: Path) -> None:
     before = contents(folder)
     process = start("sample", "-e", PLAN, "--rebuild", python=["-c", WITH_GPU])
-    child = worker(process)
+    child = builder(process)
     process.send_signal(signal.SIGINT)
     outcome = finish(process)
     assert (outcome.code, outcome.out) == (130, "")
