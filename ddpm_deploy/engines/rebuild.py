@@ -9,15 +9,14 @@ from pathlib import Path
 from ddpm_deploy.engines.plan import PlanRecord
 from ddpm_deploy.errors import EngineError, PlanMismatchError
 
-_FLAGS = frozenset({"--fp16", "--bf16", "--fp32", "--fuse-step"}) | {
-    "--version-compatible",
-    "--hardware-compatible",
-}
-_WITH_VALUE = frozenset({"--runtime", "--batch", "--compute-capability", "--workspace"}) | {
-    "--optimization-level",
-    "--timing-cache",
-    "-o",
-}
+_FLAGS = frozenset(
+    {"--fp16", "--bf16", "--fp32", "--fuse-step", "--version-compatible", "--hardware-compatible"}
+)
+_VALUES = frozenset(
+    {"--runtime", "--budget", "--batch", "--compute-capability", "--workspace"}
+    | {"--optimization-level"}
+)
+_FILES = frozenset({"--data", "--timing-cache", "-o"})
 """Together the options that `BuildSettings.command` writes, and no other way to spell them."""
 
 
@@ -25,7 +24,8 @@ def rebuild_arguments(plan: Path, record: PlanRecord, mismatch: PlanMismatchErro
     """Returns the arguments of `ddpm-deploy` that build a plan again, in its place.
 
     A sidecar may come from anywhere: of its command only `build` is taken, with the options that
-    this package writes, and of files only the graph beside the plan and the plan itself.
+    this package writes, and of files only the graph beside the plan and the plan itself. So
+    half precision that was measured on `--data` is measured on the network's own samples.
 
     Args:
         plan: The file.
@@ -66,8 +66,8 @@ def _options(words: Sequence[str]) -> list[str]:
     for word in left:
         if word in _FLAGS:
             kept.append(word)
-        elif word not in _WITH_VALUE or (value := next(left, None)) is None:
+        elif word not in _VALUES | _FILES or (value := next(left, None)) is None:
             raise ValueError(word)
-        elif word not in {"-o", "--timing-cache"}:
+        elif word in _VALUES:
             kept += [word, value]
     return kept

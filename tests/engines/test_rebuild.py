@@ -37,6 +37,8 @@ def test_a_plan_is_built_again_in_its_place(tmp_path: Path) -> None:
             flavour="tensorrt",
             precision="bf16",
             profiles=(Profile(least=1, best=1, most=1), Profile(least=2, best=4, most=8)),
+            budget=0.01,
+            data="pictures",
             fuse_step=True,
             workspace=256,
             optimization_level=1,
@@ -59,7 +61,7 @@ def test_every_option_that_a_build_writes_down_is_taken(
     graph = tmp_path / "unet.onnx"
     graph.write_bytes(b"graph")
     mismatch = _mismatch(settings.command(graph, plan))
-    here = replace(settings, timing_cache=None).command(graph, plan)
+    here = replace(settings, timing_cache=None, data=None).command(graph, plan)
     wanted = [*shlex.split(here)[1:-2], "--force", "-o", str(plan)]
     assert rebuild_arguments(plan, record(), mismatch) == wanted
 
