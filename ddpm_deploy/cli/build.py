@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ddpm_deploy.cli.common import Device, Json, Threads, note, print_json, settings
-from ddpm_deploy.errors import DataError, EngineBuildError, MissingDependencyError
+from ddpm_deploy.errors import DataError, EngineBuildError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ddpm_deploy.arrays import Samples
     from ddpm_deploy.engines.build_settings import Precision
-    from ddpm_deploy.engines.plan import Flavour, Profile
+    from ddpm_deploy.engines.flavour import Flavour
+    from ddpm_deploy.engines.plan import Profile
     from ddpm_deploy.engines.trt_build import Prepared
     from ddpm_deploy.export.prepare import Lowered
     from ddpm_deploy.spec import ModelSpec
@@ -151,12 +152,13 @@ def command(
     from ddpm_deploy.cli.plan import check_plan, make_plan
     from ddpm_deploy.engines.base import needs
     from ddpm_deploy.engines.build_settings import BuildSettings
+    from ddpm_deploy.engines.flavour import extra
 
     output = output or graph.with_suffix(".plan")
     if output.suffix != ".plan":
         raise typer.BadParameter(f"{output} must end in .plan", param_hint="--output")
     flavour = _choose_flavour(runtime)
-    with needs("onnx", extra="rtx" if flavour == "tensorrt_rtx" else "tensorrt"):
+    with needs("onnx", extra=extra(flavour)):
         from ddpm_deploy.export.prepare import lower_precision, prepare_graph, read_graph
 
     spec, fused = read_graph(graph)
@@ -245,25 +247,13 @@ def _choose_flavour(runtime: str) -> Flavour:
     Where both are installed, it is TensorRT if there is a GPU that it can build on.
     """
     from ddpm_deploy.engines.device import find_device
-    from ddpm_deploy.engines.flavour import installed, require
+    from ddpm_deploy.engines.flavour import require, require_any
 
     if runtime != "auto":
         flavour: Flavour = "tensorrt_rtx" if runtime == "rtx" else "tensorrt"
         require(flavour)
         return flavour
-    match installed():
-        case []:
-            raise MissingDependencyError(
-                "A plan is built by TensorRT, and neither TensorRT nor TensorRT-RTX is installed.",
-                hint="For a GeForce or RTX GPU, or to build ahead of time without a GPU:\n"
-                "  pip install 'ddpm-deploy[rtx]'\n"
-                "for a data-centre GPU, on the machine that has it:\n"
-                "  pip install 'ddpm-deploy[tensorrt]'\n"
-                "for a Jetson, on the Jetson, whose JetPack brings TensorRT:\n"
-                "  python3 -m venv --system-site-packages .venv\n"
-                "  .venv/bin/pip install 'ddpm-deploy[jetson]'\n"
-                "and without any of these: ddpm-deploy build makes an ONNX Runtime engine.",
-            )
+    match require_any():
         case [flavour]:
             return flavour
         case _:

@@ -10,7 +10,8 @@ from textwrap import fill
 
 from ddpm_deploy.cli.common import note
 from ddpm_deploy.engines.build_settings import BuildSettings, Rung
-from ddpm_deploy.engines.plan import LABELS, PlanRecord
+from ddpm_deploy.engines.flavour import LABELS
+from ddpm_deploy.engines.plan import PlanRecord
 from ddpm_deploy.engines.trt_build import (
     Building,
     OutOfMemoryError,

@@ -267,11 +267,11 @@ def open_engine(
                 from ddpm_deploy.engines.ort import OrtEngine  # noqa: PLC0415
             return OrtEngine(path, threads=threads, device=device)
         case ".plan":
-            from ddpm_deploy.engines.flavour import EXTRAS  # noqa: PLC0415
+            from ddpm_deploy.engines.flavour import extra  # noqa: PLC0415
             from ddpm_deploy.engines.match import checked_record  # noqa: PLC0415
 
             record = checked_record(path)  # before anything that runs it is imported
-            with needs("cuda-bindings", extra=EXTRAS[record.flavour]):
+            with needs("cuda-bindings", extra=extra(record.flavour)):
                 from ddpm_deploy.engines.trt import TrtEngine  # noqa: PLC0415
             return TrtEngine.open(path, record, device=device)
         case _:

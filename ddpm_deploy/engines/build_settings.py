@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ddpm_deploy.engines.plan import Flavour, Profile
+from ddpm_deploy.engines.flavour import SHORT_NAMES, Flavour
+from ddpm_deploy.engines.plan import Profile
 from ddpm_deploy.errors import EngineBuildError
 
 Precision = Literal["fp32", "fp16", "bf16"]
-
-RUNTIME_NAMES: Mapping[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
-"""What to type after `--runtime`."""
 
 _SMALL_WORKSPACE = 256
 _LOW_LEVEL = 1
@@ -112,7 +110,7 @@ class BuildSettings:
     def command(self, graph: Path, output: Path) -> str:
         """Returns what to type for this build."""
         words = ["ddpm-deploy", "build", str(graph), f"--{self.precision}"]
-        words += ["--runtime", RUNTIME_NAMES[self.flavour]]
+        words += ["--runtime", SHORT_NAMES[self.flavour]]
         if self.fuse_step:
             words.append("--fuse-step")
         if self.budget is not None:

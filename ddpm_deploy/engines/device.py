@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm_deploy.engines.base import needs
+from ddpm_deploy.engines.flavour import extra
 from ddpm_deploy.errors import EngineError
 
 
@@ -35,7 +36,7 @@ def find_device() -> Device | None:
         EngineError: The driver is there and fails.
         MissingDependencyError: cuda-bindings is not installed.
     """
-    with needs("cuda-bindings", extra="tensorrt"):
+    with needs("cuda-bindings", extra=extra("tensorrt")):
         from cuda.bindings import driver
 
     def check(status: Any, call: str) -> None:

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
 from importlib import util
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
-from ddpm_deploy.engines.plan import LABELS, Flavour
 from ddpm_deploy.errors import MissingDependencyError
 
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+"""The Python module that builds and runs a plan; neither reads the other's."""
+
+LABELS: Mapping[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+"""What its maker calls it."""
+
+SHORT_NAMES: Mapping[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+"""What to type after `--runtime`, and the extra that brings it."""
+
+JETSON = Path("/etc/nv_tegra_release")
+"""A file that every Jetson has, and nothing else."""
+
+_GET_RTX = """\
+For a GeForce or RTX GPU, or to build ahead of time without a GPU:
+  pip install 'ddpm-deploy[rtx]'"""
+_GET_TENSORRT = """\
+For a data-centre GPU, on the machine that has it:
+  pip install 'ddpm-deploy[tensorrt]'
+For a Jetson, on the Jetson, whose JetPack brings TensorRT:
+  python3 -m venv --system-site-packages .venv
+  .venv/bin/pip install 'ddpm-deploy[jetson]'"""
 
 
 def installed() -> list[Flavour]:
@@ -57,15 +78,26 @@ def require(flavour: Flavour) -> None:
     if flavour not in installed():
         raise MissingDependencyError(
             f"{LABELS[flavour]} is needed here, and the module {flavour} is not installed.",
-            hint=_how_to_install(EXTRAS[flavour]),
+            hint=_GET_TENSORRT if flavour == "tensorrt" else "pip install 'ddpm-deploy[rtx]'",
         )
 
 
-def _how_to_install(extra: str) -> str:
-    if extra == "rtx":
-        return "pip install 'ddpm-deploy[rtx]'"
-    return (
-        "pip install 'ddpm-deploy[tensorrt]'; on a Jetson it comes with JetPack: make the "
-        "environment with python3 -m venv --system-site-packages, and in it "
-        "pip install 'ddpm-deploy[jetson]'"
-    )
+def require_any() -> list[Flavour]:
+    """Returns the installed flavours.
+
+    Raises:
+        MissingDependencyError: There is none; the hint says which to install on which machine.
+    """
+    flavours = installed()
+    if not flavours:
+        raise MissingDependencyError(
+            "A plan is built by TensorRT, and neither TensorRT nor TensorRT-RTX is installed.",
+            hint=f"{_GET_RTX}\n{_GET_TENSORRT}\n"
+            "Without any of these, ddpm-deploy build makes an ONNX Runtime engine.",
+        )
+    return flavours
+
+
+def extra(flavour: Flavour) -> str:
+    """Returns the extra with what a flavour needs besides; JetPack's TensorRT is not PyPI's."""
+    return "jetson" if flavour == "tensorrt" and JETSON.is_file() else SHORT_NAMES[flavour]

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_deploy.engines.flavour import installed, installed_version
-from ddpm_deploy.engines.plan import LABELS, Flavour, PlanRecord, read_record, rebuild_command
+from ddpm_deploy.engines.flavour import LABELS, Flavour, installed, installed_version
+from ddpm_deploy.engines.plan import PlanRecord, read_record, rebuild_command
 from ddpm_deploy.errors import PlanMismatchError
 
 AMPERE = "8.0"

@@ -12,18 +12,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from ddpm_deploy.engines.flavour import LABELS, Flavour
 from ddpm_deploy.errors import EngineError
 from ddpm_deploy.files import sha256
 from ddpm_deploy.spec import ModelSpec
 
 FORMAT = 1
-
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
-"""The Python module that builds and runs a plan; neither reads the other's."""
-
-LABELS: Mapping[str, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

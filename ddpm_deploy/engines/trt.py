@@ -18,7 +18,7 @@ from ddpm_deploy.engines.cuda import Cuda
 from ddpm_deploy.engines.device_stepper import DeviceStepper
 from ddpm_deploy.engines.launch import Binding, Call, Graphs, Launch, Network
 from ddpm_deploy.engines.match import check_device, check_version
-from ddpm_deploy.engines.plan import LABELS, PlanRecord, rebuild_hint
+from ddpm_deploy.engines.plan import PlanRecord, rebuild_hint
 from ddpm_deploy.engines.runtime_cache import RuntimeCache
 from ddpm_deploy.engines.trt_network import Tensor, TrtNetwork
 from ddpm_deploy.errors import EngineError
@@ -53,7 +53,7 @@ class TrtEngine(Engine):
         graphs: bool = True,
     ) -> None:
         self.path, self.record, self.spec = path, record, record.spec
-        self.name = f"{LABELS[record.flavour]} GPU"
+        self.name = f"{flavour.LABELS[record.flavour]} GPU"
         self.fused, self.on_gpu = record.fused_step, True
         self.precision = record.precision
         self.best_batch = max(profile.best for profile in record.profiles)

@@ -24,8 +24,8 @@ import ddpm_deploy
 from ddpm_deploy._version import __version__
 from ddpm_deploy.engines.build_settings import BuildSettings, refuse_bf16
 from ddpm_deploy.engines.device import Device
-from ddpm_deploy.engines.flavour import EXTRAS, require
-from ddpm_deploy.engines.plan import LABELS, Flavour, PlanRecord, read_record, sidecar
+from ddpm_deploy.engines.flavour import LABELS, Flavour, extra, require
+from ddpm_deploy.engines.plan import PlanRecord, read_record, sidecar
 from ddpm_deploy.errors import (
     DDPMDeployError,
     EngineBuildError,
@@ -284,7 +284,7 @@ class _Worker:
         if util.find_spec("polygraphy") is None:
             raise MissingDependencyError(
                 "polygraphy is needed to build a plan, and is not installed.",
-                hint=f"pip install 'ddpm-deploy[{EXTRAS[flavour]}]'",
+                hint=f"pip install 'ddpm-deploy[{extra(flavour)}]'",
             )
         self.flavour = flavour
         self.version = ""

@@ -27,8 +27,8 @@ from polygraphy.backend import trt as polygraphy_trt
 from polygraphy.logger import G_LOGGER
 
 from ddpm_deploy.engines.device import find_device
-from ddpm_deploy.engines.flavour import load
-from ddpm_deploy.engines.plan import LABELS, Flavour, Profile
+from ddpm_deploy.engines.flavour import LABELS, Flavour, load
+from ddpm_deploy.engines.plan import Profile
 from ddpm_deploy.errors import DDPMDeployError, EngineBuildError, MissingDependencyError
 
 _KILL_ME_FIRST = "500"

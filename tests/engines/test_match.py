@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ddpm_deploy import open_engine
-from ddpm_deploy.engines import match
+from ddpm_deploy.engines import flavour, match
 from ddpm_deploy.engines.flavour import installed_version
 from ddpm_deploy.engines.match import Runtimes, check_device, check_runtime
 from ddpm_deploy.engines.plan import read_record, sidecar
@@ -205,6 +205,18 @@ def test_without_cuda_bindings_a_good_plan_asks_for_them(
     with pytest.raises(MissingDependencyError, match="cuda-bindings is needed here") as caught:
         open_engine(write_plan(tmp_path / "unet.plan", RTX))
     assert caught.value.hint == "pip install 'ddpm-deploy[rtx]'"
+
+
+@pytest.mark.parametrize(("jetson", "wanted"), [(True, "jetson"), (False, "tensorrt")])
+def test_on_a_jetson_no_extra_brings_another_tensorrt_than_jetpack_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jetson: bool, wanted: str
+) -> None:
+    release = tmp_path / "nv_tegra_release"
+    if jetson:
+        release.write_text("# R36 (release), REVISION: 4.3\n")
+    monkeypatch.setattr(flavour, "JETSON", release)
+    assert flavour.extra("tensorrt") == wanted
+    assert flavour.extra("tensorrt_rtx") == "rtx"
 
 
 @pytest.mark.parametrize(

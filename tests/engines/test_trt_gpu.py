@@ -18,9 +18,9 @@ pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not instal
 from ddpm_deploy import Engine, SeededNoise, open_engine
 from ddpm_deploy.engines import match
 from ddpm_deploy.engines.cuda import Cuda
-from ddpm_deploy.engines.flavour import installed, load
+from ddpm_deploy.engines.flavour import Flavour, installed, load
 from ddpm_deploy.engines.match import Runtimes, checked_record
-from ddpm_deploy.engines.plan import Flavour, PlanRecord, Profile, read_record, sidecar
+from ddpm_deploy.engines.plan import PlanRecord, Profile, read_record, sidecar
 from ddpm_deploy.engines.runtime_cache import RuntimeCache
 from ddpm_deploy.engines.trt import TrtEngine
 from ddpm_deploy.engines.trt_network import TrtNetwork

@@ -9,7 +9,8 @@ import pytest
 from onnx import TensorProto, numpy_helper, parser
 
 from ddpm_deploy.engines.build_settings import BuildSettings, Precision
-from ddpm_deploy.engines.plan import Flavour, Profile
+from ddpm_deploy.engines.flavour import Flavour
+from ddpm_deploy.engines.plan import Profile
 from ddpm_deploy.errors import EngineError, ExportError, SpecError
 from ddpm_deploy.export.attention import find_attention
 from ddpm_deploy.export.precision import convert, recorded
