@@ -8,6 +8,7 @@ import numpy as np
 
 from ddpm_deploy.arrays import Array, Samples
 from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.precision import Precision
 from ddpm_deploy.spec import ModelSpec
 
 TOLERANCE = 2e-5
@@ -17,7 +18,7 @@ Runtimes differ from PyTorch, and PyTorch from itself with other threads, by up 
 smallest structural mistake known, GELU by tanh, moves the output by 7e-5.
 """
 
-BUDGETS: Mapping[str, float] = {"fp32": TOLERANCE, "fp16": 5e-3, "bf16": 4e-2}
+BUDGETS: Mapping[Precision, float] = {"fp32": TOLERANCE, "fp16": 5e-3, "bf16": 4e-2}
 """Largest `relative_error` of a network's output that a precision is given.
 
 For half precisions ten times the rounding of one number: 2⁻¹¹ for fp16, 2⁻⁸ for bf16.

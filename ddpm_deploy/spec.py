@@ -35,9 +35,6 @@ FORMAT = 1
 METADATA_KEY = "ddpm_deploy.spec"
 """Key of the spec in an ONNX file's `metadata_props`."""
 
-PRECISION_KEY = "ddpm_deploy.precision"
-"""Where an ONNX file in mixed precision says so: JSON, with `precision` and `groups`."""
-
 Meaning = Literal["class_label", "observation"]
 Rounding = Literal["nearest", "truncate"]
 
@@ -200,6 +197,25 @@ class ModelSpec:
         return {"format": FORMAT, **plain, "schedule": schedule, "conditions": conditions}
 
     @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], *, source: str) -> ModelSpec:
+        """Reads the spec that an ONNX file carries.
+
+        Args:
+            metadata: The file's `metadata_props`.
+            source: What to call the file in errors.
+
+        Raises:
+            SpecError: There is none, or as in `from_json`.
+        """
+        if METADATA_KEY not in metadata:
+            raise SpecError(
+                f"{source} carries no ddpm-deploy spec, so its schedule and its inputs are "
+                "unknown.",
+                hint="Export it from its checkpoint: ddpm-deploy export CHECKPOINT -o unet.onnx",
+            )
+        return cls.from_json(metadata[METADATA_KEY], source=source)
+
+    @classmethod
     def from_json(cls, text: str, *, source: str = "this file") -> ModelSpec:
         """Reads what `to_json` wrote.
 
@@ -291,30 +307,6 @@ class ModelSpec:
             if condition.name in taken:
                 raise ValueError(f"two inputs are called {condition.name!r}")
             taken.add(condition.name)
-
-
-def read_precision(text: str | None, *, source: str) -> str:
-    """Reads what an ONNX file carries under `PRECISION_KEY`.
-
-    Args:
-        text: The value; None is what a float32 graph carries.
-        source: What to call the file in errors.
-
-    Returns:
-        `fp32`, `fp16` or `bf16`.
-
-    Raises:
-        SpecError: It is damaged.
-    """
-    if text is None:
-        return "fp32"
-    try:
-        precision = json.loads(text)["precision"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(source, f"its precision: {error!r}") from error
-    if precision not in {"fp16", "bf16"}:
-        raise _damaged(source, f"its precision is {precision!r}")
-    return str(precision)
 
 
 def _whole(value: object, least: int) -> bool:

@@ -19,6 +19,7 @@ from ddpm_deploy.errors import ParityError
 from ddpm_deploy.images import to_pixels
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.parity import BUDGETS, TOLERANCE, relative_error
+from ddpm_deploy.precision import Precision
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.sampling import denoise
 from ddpm_deploy.spec import ModelSpec
@@ -54,7 +55,7 @@ class Budget:
     pixels: float = 0.999
 
     @classmethod
-    def of(cls, precision: str) -> Budget:
+    def of(cls, precision: Precision) -> Budget:
         """Returns what an engine of a precision may differ by.
 
         Half precision: in 1,000 steps of the demo's network fp16 accumulates 1e-3 of the peak and

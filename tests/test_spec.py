@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ddpm_deploy import Condition, ModelSpec, Schedule, cosine, ddim, ddpm, dome272, linear
 from ddpm_deploy.errors import SpecError
 from ddpm_deploy.schedule import SCHEDULES, named_schedule
-from ddpm_deploy.spec import FORMAT, read_precision
+from ddpm_deploy.spec import FORMAT
 
 LABEL = Condition(name="y", meaning="class_label", dtype="int64", classes=10, null=10)
 
@@ -312,11 +312,3 @@ def test_names_of_classes_travel_and_are_as_many_as_the_classes() -> None:
     assert ModelSpec.from_json(spec.to_json()) == spec
     with pytest.raises(SpecError, match=r"y has 2 classes and 3 names"):
         ModelSpec.from_json(spec.to_json().replace('"cat"', '"cat", "cow"'))
-
-
-def test_a_graph_says_its_precision_or_is_float32() -> None:
-    assert read_precision(None, source="g") == "fp32"
-    assert read_precision('{"precision": "bf16", "groups": {}}', source="g") == "bf16"
-    for damaged in ("", "[]", "{}", '{"precision": "int8"}', '{"precision": 16}'):
-        with pytest.raises(SpecError, match="its precision"):
-            read_precision(damaged, source="g")

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ddpm_deploy.arrays import Samples
-    from ddpm_deploy.engines.build_settings import Precision
     from ddpm_deploy.engines.flavour import Flavour
     from ddpm_deploy.engines.plan import Profile
     from ddpm_deploy.engines.trt_build import Prepared
     from ddpm_deploy.export.prepare import Lowered
+    from ddpm_deploy.precision import Precision
     from ddpm_deploy.spec import ModelSpec
 
 CALIBRATION_PICTURES = 8
@@ -159,9 +159,9 @@ def command(
         raise typer.BadParameter(f"{output} must end in .plan", param_hint="--output")
     flavour = _choose_flavour(runtime)
     with needs("onnx", extra=extra(flavour)):
-        from ddpm_deploy.export.prepare import lower_precision, prepare_graph, read_graph
+        from ddpm_deploy.export.prepare import lower_precision, prepare_graph, read_header
 
-    spec, fused = read_graph(graph)
+    spec, fused = read_header(graph)
     chosen = BuildSettings(
         flavour=flavour,
         precision=precision or "fp32",
@@ -311,13 +311,14 @@ def _build_mixed(
         raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
     with needs("onnx", extra="export"):
         from ddpm_deploy.export.fuse_step import fuse_step
-        from ddpm_deploy.export.prepare import lower_precision, read_graph, write_graph
+        from ddpm_deploy.export.onnx_file import write_graph
+        from ddpm_deploy.export.prepare import lower_precision, read_header
     if output.resolve() == graph.resolve():
         raise EngineBuildError(
             f"The engine would overwrite the graph it is built from, {graph}.",
             hint="Name another file: -o unet.fp16.onnx",
         )
-    spec, _ = read_graph(graph)
+    spec, _ = read_header(graph)
     lowered = lower_precision(
         graph, "fp16", budget=budget, data=_pictures(data, spec), on_progress=note
     )

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_deploy.cli.common import size
 from ddpm_deploy.errors import DDPMDeployError, EngineError, ExportError
-from ddpm_deploy.spec import METADATA_KEY, PRECISION_KEY, ModelSpec, read_precision
+from ddpm_deploy.precision import METADATA_KEY as PRECISION_KEY
+from ddpm_deploy.precision import read_precision
+from ddpm_deploy.spec import METADATA_KEY, ModelSpec
 
 if TYPE_CHECKING:
     from ddpm_deploy.engines.plan import PlanRecord
@@ -161,9 +163,10 @@ def graph_facts(file: Path) -> Facts:
     model: Any = None  # onnx's, which a device may lack
     described: GraphDescription | None = None
     if util.find_spec("onnx") is not None:
-        from ddpm_deploy.export.describe import describe_graph, load_graph
+        from ddpm_deploy.export.describe import describe_graph
+        from ddpm_deploy.export.onnx_file import load_graph
 
-        model = load_graph(file)
+        model = load_graph(file, weights=False)
         described = describe_graph(model)
         inputs, outputs, metadata = described.inputs, described.outputs, described.metadata
         kind += f", opset {described.opset}, IR version {described.ir_version}"
@@ -177,17 +180,16 @@ def graph_facts(file: Path) -> Facts:
     if METADATA_KEY in metadata:
         spec = ModelSpec.from_json(metadata[METADATA_KEY], source=source)
     fused = is_fused(metadata.get(STEP_KEY), source=source)
-    precision = read_precision(metadata.get(PRECISION_KEY), source=source)
-    groups = _groups(metadata.get(PRECISION_KEY))
+    said = read_precision(metadata.get(PRECISION_KEY), source=source)
     for word, values in (("input", inputs), ("output", outputs)):
         rows += [(f"{word} {name}", text) for name, text in values.items()]
     if spec is not None:
         rows.append(_step_row(fused=fused))
-        rows += _precision_rows(precision, groups)
+        rows += _precision_rows(said.precision, said.groups)
     data |= {
         "fused": fused,
-        "precision": precision if spec is not None else None,
-        "precision_groups": groups,
+        "precision": said.precision if spec is not None else None,
+        "precision_groups": dict(said.groups),
         "inputs": dict(inputs),
         "outputs": dict(outputs),
     }
@@ -197,11 +199,6 @@ def graph_facts(file: Path) -> Facts:
         data |= more
         rows += more_rows
     return Facts(kind=kind, spec=spec, data=data, rows=rows, missing=missing)
-
-
-def _groups(text: str | None) -> dict[str, str]:
-    groups = {} if text is None else json.loads(text).get("groups", {})
-    return {str(k): str(v) for k, v in groups.items()} if isinstance(groups, dict) else {}
 
 
 def _inside(

@@ -12,6 +12,7 @@ import numpy as np
 
 from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.errors import EngineError, EngineInputError, MissingDependencyError
+from ddpm_deploy.precision import Precision
 from ddpm_deploy.sampling import Transition
 from ddpm_deploy.spec import ModelSpec
 
@@ -37,7 +38,7 @@ class Engine(ABC):
     name: str
     path: Path
     fused: bool = False
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     best_batch: int | None = None
     on_gpu: bool = False
 

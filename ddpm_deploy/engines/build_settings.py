@@ -7,13 +7,12 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ddpm_deploy.engines.flavour import SHORT_NAMES, Flavour
 from ddpm_deploy.engines.plan import Profile
 from ddpm_deploy.errors import EngineBuildError
-
-Precision = Literal["fp32", "fp16", "bf16"]
+from ddpm_deploy.precision import Precision
 
 _SMALL_WORKSPACE = 256
 _LOW_LEVEL = 1

@@ -15,8 +15,10 @@ from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.errors import EngineError, SpecError
 from ddpm_deploy.fused import COLUMNS, is_fused, row_of
 from ddpm_deploy.fused import METADATA_KEY as STEP_KEY
+from ddpm_deploy.precision import METADATA_KEY as PRECISION_KEY
+from ddpm_deploy.precision import read_precision
 from ddpm_deploy.sampling import Transition
-from ddpm_deploy.spec import METADATA_KEY, PRECISION_KEY, ModelSpec, read_precision
+from ddpm_deploy.spec import ModelSpec
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
@@ -65,10 +67,11 @@ class OrtEngine(Engine):
         self._device = "cuda" if active == _CUDA else "cpu"
         self.on_gpu = self._device == "cuda"
         self.name = f"onnxruntime {self._device.upper()}"
-        self.spec = _read_spec(self._session, path)
         metadata = self._session.get_modelmeta().custom_metadata_map
+        self.spec = ModelSpec.from_metadata(metadata, source=str(path))
         self.fused = is_fused(metadata.get(STEP_KEY), source=str(path))
-        self.precision = read_precision(metadata.get(PRECISION_KEY), source=str(path))
+        said = read_precision(metadata.get(PRECISION_KEY), source=str(path))
+        self.precision = said.precision
         _check_inputs(self._session, self.spec, path, fused=self.fused)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
@@ -284,16 +287,6 @@ def _providers(device: str) -> list[str]:
             return [_CUDA, _CPU] if _CUDA in available else [_CPU]
         case _:
             raise EngineError(f"The device is {device!r}; there are auto, cpu and cuda.")
-
-
-def _read_spec(session: Any, path: Path) -> ModelSpec:
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if text is None:
-        raise SpecError(
-            f"{path} carries no ddpm-deploy spec, so its schedule and its inputs are unknown.",
-            hint="Export it from its checkpoint: ddpm-deploy export CHECKPOINT -o " + path.name,
-        )
-    return ModelSpec.from_json(text, source=str(path))
 
 
 def _check_inputs(session: Any, spec: ModelSpec, path: Path, *, fused: bool) -> None:

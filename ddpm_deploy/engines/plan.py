@@ -17,6 +17,7 @@ from typing import Any, get_args
 from ddpm_deploy.engines.flavour import LABELS, Flavour
 from ddpm_deploy.errors import EngineError
 from ddpm_deploy.files import sha256
+from ddpm_deploy.precision import Precision
 from ddpm_deploy.spec import ModelSpec
 
 FORMAT = 1
@@ -104,7 +105,7 @@ class PlanRecord:
     device: str
     compute_capabilities: tuple[str, ...]
     profiles: tuple[Profile, ...]
-    precision: str
+    precision: Precision
     precision_groups: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, int] = field(default_factory=dict)
     precision_error: float | None = None
@@ -255,7 +256,7 @@ def _check(record: PlanRecord) -> None:
             raise TypeError(f"{name} is {value!r}")
     if record.flavour not in get_args(Flavour):
         raise ValueError(f"flavour is {record.flavour!r}")
-    if record.precision not in {"fp32", "fp16", "bf16"}:
+    if record.precision not in get_args(Precision):
         raise ValueError(f"precision is {record.precision!r}")
     if not all(isinstance(text, str) for text in record.precision_groups.values()):
         raise TypeError("precision_groups are no texts")

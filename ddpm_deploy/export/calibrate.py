@@ -24,11 +24,11 @@ from ddpm_deploy.engines.base import Engine, needs
 from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.attention import split_queries
 from ddpm_deploy.export.graph import constants
+from ddpm_deploy.export.onnx_file import load_graph, save_graph
 from ddpm_deploy.export.precision import (
     LARGEST,
     PRODUCTS,
     Mixed,
-    Precision,
     convert,
     half_operators,
     recorded,
@@ -36,12 +36,13 @@ from ddpm_deploy.export.precision import (
 from ddpm_deploy.export.rounding import rounded
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.parity import BUDGETS, example_conditions, relative_error
+from ddpm_deploy.precision import Half
 from ddpm_deploy.sampling import denoise
 
 HEADROOM = 2.0
 """How much larger than measured a value may become before it overflows."""
 
-ATTENTION_BYTES = 2**26
+TRIAL_ATTENTION_BYTES = 2**26
 """What one matrix of attention may take while a graph is tried."""
 
 SMALLEST_PEAK = 2.0**-13
@@ -85,7 +86,7 @@ class Calibrated:
 
 def calibrate(
     graph: Path,
-    precision: Precision,
+    precision: Half,
     *,
     budget: float | None = None,
     steps: int = 10,
@@ -110,11 +111,11 @@ def calibrate(
 
     Raises:
         ExportError: The budget cannot be kept with half of the products in half precision.
-        EngineError: The graph cannot be run.
+        EngineError: The graph cannot be read or run.
         MissingDependencyError: ONNX Runtime is not installed.
     """
     allowed = BUDGETS[precision] if budget is None else budget
-    model = onnx.load(graph)
+    model = load_graph(graph)
     if recorded(model) is not None:
         return Calibrated(mixed=convert(model, precision), budget=allowed)
     on_progress(f"measuring {precision} against float32 on x_t of {steps} timesteps")
@@ -189,7 +190,7 @@ class _Trial:
     def __init__(
         self,
         model: onnx.ModelProto,
-        precision: Precision,
+        precision: Half,
         calls: Sequence[Call],
         threads: int | None,
     ) -> None:
@@ -280,11 +281,10 @@ def written(model: onnx.ModelProto) -> Iterator[Path]:
     """Gives a file of a model while it is needed."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
-        large = model.ByteSize() >= 2**31 - 2**25
-        onnx.save_model(model, path, save_as_external_data=large)
+        save_graph(model, path)
         yield path
 
 
 def small(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """Returns the same function with attention's matrices cut: quicker on a CPU, and smaller."""
-    return split_queries(model, batch=batch, limit_bytes=ATTENTION_BYTES).model
+    return split_queries(model, batch=batch, limit_bytes=TRIAL_ATTENTION_BYTES).model

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import helper
 from onnx.defs import ONNX_DOMAIN
 
-from ddpm_deploy.errors import EngineError
 from ddpm_deploy.export.graph import TensorType, constants
+from ddpm_deploy.export.onnx_file import metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +44,6 @@ class GraphDescription:
     metadata: Mapping[str, str]
 
 
-def load_graph(path: Path) -> onnx.ModelProto:
-    """Reads an ONNX file, without the weights that lie in other files.
-
-    Raises:
-        EngineError: It is no ONNX file.
-    """
-    try:
-        model = onnx.load_model(path, load_external_data=False)
-    except DecodeError as error:
-        raise _no_graph(path, str(error)) from error
-    if not model.graph.output:  # an empty file is a model to protobuf
-        raise _no_graph(path, "it holds no graph")
-    if not all(isinstance(text, str) for text in _texts(model)):
-        raise _no_graph(path, "its names are no UTF-8")
-    return model
-
-
 def describe_graph(model: onnx.ModelProto) -> GraphDescription:
     """Counts what a graph holds.
 
@@ -90,24 +71,8 @@ def describe_graph(model: onnx.ModelProto) -> GraphDescription:
         ),
         inputs={v.name: _type(v) for v in model.graph.input if v.name not in fixed},
         outputs={v.name: _type(v) for v in model.graph.output},
-        metadata={entry.key: entry.value for entry in model.metadata_props},
+        metadata=metadata(model),
     )
-
-
-def _texts(model: onnx.ModelProto) -> Iterator[object]:
-    """Yields the names in a model; protobuf gives bytes where one is no UTF-8."""
-    graph = model.graph
-    yield from (model.producer_name, model.producer_version, graph.name)
-    for entry in model.metadata_props:
-        yield from (entry.key, entry.value)
-    for node in graph.node:
-        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
-    for tensor in graph.initializer:
-        yield tensor.name
-        yield from (entry.value for entry in tensor.external_data)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        yield value.name
-        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
 
 
 def _type(value: onnx.ValueInfoProto) -> str:
@@ -120,10 +85,3 @@ def _type(value: onnx.ValueInfoProto) -> str:
         for dim in tensor.shape.dim
     ]
     return f"{name} ({', '.join(sizes)})"
-
-
-def _no_graph(path: Path, why: str) -> EngineError:
-    return EngineError(
-        f"{path} is no ONNX file: {why}.",
-        hint="Export the network again: ddpm-deploy export CHECKPOINT",
-    )

@@ -6,7 +6,7 @@ step. Fused, a step is one call of the runtime.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ddpm_deploy.errors import ExportError, SpecError
+from ddpm_deploy.errors import ExportError
+from ddpm_deploy.export.onnx_file import load_graph, metadata, save_graph
 from ddpm_deploy.fused import COLUMNS, METADATA_KEY, is_fused, step_to_json
-from ddpm_deploy.spec import METADATA_KEY as SPEC_KEY
 from ddpm_deploy.spec import ModelSpec
 
 _PREFIX = "ddpm_deploy_step_"
 """Begins the name of every tensor that the step adds inside the graph."""
-
-_FILE_BYTES = 2**31 - 2**25
-"""Weights that fit into one file: protobuf ends at 2 GiB."""
 
 
 def fuse_step(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -45,10 +42,10 @@ def fuse_step(model: onnx.ModelProto) -> onnx.ModelProto:
         ExportError: It is no graph from x and t to `out` in float32, or one of the names is taken.
         SpecError: It carries no spec that this release reads.
     """
-    properties = {entry.key: entry.value for entry in model.metadata_props}
+    properties = metadata(model)
     if is_fused(properties.get(METADATA_KEY), source="this graph"):
         return model
-    spec = _spec(properties)
+    spec = ModelSpec.from_metadata(properties, source="This graph")
     x = _check(model.graph)
     fused = onnx.ModelProto()
     fused.CopyFrom(model)
@@ -72,36 +69,14 @@ def fuse_file(graph: Path, output: Path) -> None:
 
     Args:
         graph: The file to read, with its external data.
-        output: Where to write, everything in one file.
+        output: Where to write.
 
     Raises:
-        ExportError: The file is no ONNX, is too large for one file, or as in `fuse_step`.
+        EngineError: The file is no ONNX.
+        ExportError: As in `fuse_step`.
         SpecError: As in `fuse_step`.
     """
-    try:
-        model = onnx.load_model(graph)
-    except Exception as error:  # protobuf's errors have no common class
-        raise ExportError(
-            f"{graph} is no ONNX file: {error}.",
-            hint="Export the network again: ddpm-deploy export CHECKPOINT",
-        ) from error
-    weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    if weights > _FILE_BYTES:
-        raise ExportError(
-            f"{graph} has {weights / 2**30:.1f} GiB of weights; with a fused step it must fit into "
-            "one file of 2 GiB.",
-            hint="Leave --fuse-step out.",
-        )
-    onnx.save_model(fuse_step(model), output)
-
-
-def _spec(properties: Mapping[str, str]) -> ModelSpec:
-    if SPEC_KEY not in properties:
-        raise SpecError(
-            "This graph carries no ddpm-deploy spec, so nobody knows what its output means.",
-            hint="Export it from its checkpoint: ddpm-deploy export CHECKPOINT -o unet.onnx",
-        )
-    return ModelSpec.from_json(properties[SPEC_KEY], source="this graph")
+    save_graph(fuse_step(load_graph(graph)), output)
 
 
 def _check(graph: onnx.GraphProto) -> onnx.ValueInfoProto:

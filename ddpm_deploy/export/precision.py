@@ -15,11 +15,10 @@ A tensor is stored once, in half precision where a half-precision product reads 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -29,9 +28,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.graph import constants, tensor_types
-from ddpm_deploy.spec import PRECISION_KEY
-
-Precision = Literal["fp16", "bf16"]
+from ddpm_deploy.export.onnx_file import metadata
+from ddpm_deploy.precision import METADATA_KEY, Half, PrecisionRecord, read_precision
 
 ELEM_TYPES: Mapping[str, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 DTYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -69,14 +67,14 @@ class Mixed:
     """
 
     model: onnx.ModelProto
-    precision: Precision
+    precision: Half
     groups: Mapping[str, str]
     error: float | None = None
 
 
 def convert(
     model: onnx.ModelProto,
-    precision: Precision,
+    precision: Half,
     *,
     keep: Mapping[str, str] | None = None,
     error: float | None = None,
@@ -93,8 +91,8 @@ def convert(
         ExportError: The graph is in the other precision, is mixed by another tool, or branches.
         ValueError: `precision` is unknown.
     """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}; there are {', '.join(get_args(Precision))}")
+    if precision not in get_args(Half):
+        raise ValueError(f"precision is {precision!r}; there are {', '.join(get_args(Half))}")
     if (before := recorded(model)) is not None:
         if before.precision != precision:
             raise ExportError(
@@ -107,13 +105,8 @@ def convert(
     choice = _Choice(model, precision, keep or {})
     mixed = _Writer(model, choice).write()
     groups = choice.groups()
-    helper.set_model_props(
-        mixed,
-        {
-            **{entry.key: entry.value for entry in model.metadata_props},
-            PRECISION_KEY: json.dumps({"precision": precision, "groups": groups, "error": error}),
-        },
-    )
+    record = PrecisionRecord(precision=precision, groups=groups, error=error)
+    helper.set_model_props(mixed, {**metadata(model), METADATA_KEY: record.to_json()})
     onnx.checker.check_model(mixed, full_check=mixed.ByteSize() < 2**31)
     return Mixed(model=mixed, precision=precision, groups=groups, error=error)
 
@@ -133,7 +126,7 @@ class HalfOperator:
     tensors: tuple[str, ...]
 
 
-def half_operators(model: onnx.ModelProto, precision: Precision) -> list[HalfOperator]:
+def half_operators(model: onnx.ModelProto, precision: Half) -> list[HalfOperator]:
     """Returns the operators that `convert` would put into half precision, moves aside."""
     choice = _Choice(model, precision, {})
     return [
@@ -152,14 +145,11 @@ def recorded(model: onnx.ModelProto) -> Mixed | None:
 
     Raises:
         ExportError: It holds half-precision tensors that this package did not choose.
+        SpecError: What it says is damaged.
     """
-    for entry in model.metadata_props:
-        if entry.key == PRECISION_KEY:
-            said = json.loads(entry.value)
-            chosen: Precision = "bf16" if said["precision"] == "bf16" else "fp16"
-            return Mixed(
-                model=model, precision=chosen, groups=said["groups"], error=said.get("error")
-            )
+    said = read_precision(metadata(model).get(METADATA_KEY), source="This graph")
+    if said.precision != "fp32":
+        return Mixed(model=model, precision=said.precision, groups=said.groups, error=said.error)
     low = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.INT8}
     if any(tensor.data_type in low for tensor in constants(model.graph).values()):
         raise ExportError(
@@ -172,9 +162,7 @@ def recorded(model: onnx.ModelProto) -> Mixed | None:
 class _Choice:
     """What every operator computes in, and how every tensor is stored."""
 
-    def __init__(
-        self, model: onnx.ModelProto, precision: Precision, keep: Mapping[str, str]
-    ) -> None:
+    def __init__(self, model: onnx.ModelProto, precision: Half, keep: Mapping[str, str]) -> None:
         graph = model.graph
         for node in graph.node:
             if any(a.HasField("g") or a.graphs for a in node.attribute):

@@ -7,27 +7,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from ddpm_deploy.arrays import Samples
-from ddpm_deploy.engines.build_settings import BuildSettings, Precision
+from ddpm_deploy.engines.build_settings import BuildSettings
 from ddpm_deploy.engines.trt_build import Prepared
-from ddpm_deploy.errors import EngineError, ExportError, MissingDependencyError, SpecError
+from ddpm_deploy.errors import ExportError, MissingDependencyError
 from ddpm_deploy.export.attention import split_queries
 from ddpm_deploy.export.calibrate import calibrate
 from ddpm_deploy.export.fuse_step import fuse_step
 from ddpm_deploy.export.memory import estimate_memory
+from ddpm_deploy.export.onnx_file import load_graph, metadata, write_graph
 from ddpm_deploy.export.precision import convert, recorded
-from ddpm_deploy.files import whole_file
 from ddpm_deploy.fused import METADATA_KEY as FUSED_KEY
 from ddpm_deploy.fused import is_fused
-from ddpm_deploy.spec import METADATA_KEY, ModelSpec
+from ddpm_deploy.precision import Precision
+from ddpm_deploy.spec import ModelSpec
 
 ATTENTION_BYTES = 2**27
 """What one matrix of attention may take on a device, at the largest batch."""
 
 
-def read_graph(graph: Path) -> tuple[ModelSpec, bool]:
+def read_header(graph: Path) -> tuple[ModelSpec, bool]:
     """Reads what a graph says it is, not its weights.
 
     Returns:
@@ -37,13 +37,8 @@ def read_graph(graph: Path) -> tuple[ModelSpec, bool]:
         EngineError: It is missing, or no ONNX file.
         SpecError: It carries no spec that this release reads.
     """
-    said = _metadata(_load(graph, weights=False))
-    if METADATA_KEY not in said:
-        raise SpecError(
-            f"{graph} carries no ddpm-deploy spec, so its schedule and its inputs are unknown.",
-            hint=f"Export it from its checkpoint: ddpm-deploy export CHECKPOINT -o {graph.name}",
-        )
-    spec = ModelSpec.from_json(said[METADATA_KEY], source=str(graph))
+    said = metadata(load_graph(graph, weights=False))
+    spec = ModelSpec.from_metadata(said, source=str(graph))
     return spec, is_fused(said.get(FUSED_KEY), source=str(graph))
 
 
@@ -87,14 +82,14 @@ def lower_precision(
         ExportError: The graph is in another precision already, or its step is fused and it is in
             none, or the budget cannot be kept.
     """
-    model = _load(graph, weights=True)
+    model = load_graph(graph)
     if precision == "fp32":
         _refuse_lower(graph, model)
         return Lowered(model=model)
     if (before := recorded(model)) is not None:
         mixed = convert(model, precision)  # refuses the other precision
         return Lowered(model=model, groups=dict(mixed.groups), error=before.error)
-    if FUSED_KEY in _metadata(model):
+    if FUSED_KEY in metadata(model):
         raise ExportError(
             f"{graph} is in float32 with its step fused, and the step stays in float32.",
             hint=f"Start from the graph that export wrote: --{precision} --fuse-step",
@@ -151,31 +146,6 @@ def prepare_graph(
         return prepared
     write_graph(model, output)
     return replace(prepared, path=output)
-
-
-def write_graph(model: onnx.ModelProto, output: Path) -> None:
-    """Writes a graph, whole or not at all; above 2 GiB its weights stand beside it."""
-    with whole_file(output) as partial:
-        onnx.save_model(model, partial, save_as_external_data=model.ByteSize() >= 2**31 - 2**25)
-
-
-def _metadata(model: onnx.ModelProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in model.metadata_props}
-
-
-def _load(graph: Path, *, weights: bool) -> onnx.ModelProto:
-    if not graph.is_file():
-        raise EngineError(
-            f"There is no file {graph}.",
-            hint="Make it first: ddpm-deploy export CHECKPOINT -o unet.onnx",
-        )
-    try:
-        return onnx.load_model(graph, load_external_data=weights)
-    except (DecodeError, onnx.checker.ValidationError, OSError) as error:
-        raise EngineError(
-            f"onnx cannot load {graph}: {error}",
-            hint="Export the network again: ddpm-deploy export CHECKPOINT",
-        ) from error
 
 
 def _refuse_lower(graph: Path, model: onnx.ModelProto) -> None:

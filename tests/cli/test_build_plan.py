@@ -162,7 +162,7 @@ def test_the_converted_graph_can_be_kept() -> None:
         (["--fp16", "--hardware-compatible"], "--hardware-compatible is for TensorRT"),
         (["--fp16", "--compute-capability", "8.7"], "cannot build for 8.7 by name; it knows 7.5"),
         (["--fp16", "missing.onnx"], "There is no file missing.onnx."),
-        (["--fp16", "garbage.onnx"], "onnx cannot load garbage.onnx: "),
+        (["--fp16", "garbage.onnx"], "garbage.onnx is no ONNX file: "),
         (["--fp16", "bare.onnx"], "bare.onnx carries no ddpm-deploy spec"),
         (["--fp16", "unet.pt"], "unet.pt is a checkpoint; build takes the ONNX file made from it."),
         (["--fp16", "-o", "taken.plan"], "Is a directory: taken.plan."),

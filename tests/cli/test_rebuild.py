@@ -173,7 +173,7 @@ def test_a_build_that_fails_has_one_message_and_leaves_the_plan(folder: Path) ->
     UNET.write_bytes(b"no graph")
     before = contents(folder)
     outcome = run("sample", "-e", PLAN, "--rebuild")
-    assert "onnx cannot load unet.onnx" in refusal(outcome)
+    assert "unet.onnx is no ONNX file" in refusal(outcome)
     assert contents(folder) == before
 
 

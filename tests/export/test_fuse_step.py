@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from ddpm_deploy import Engine, ModelSpec, SeededNoise, denoise, linear, open_engine
-from ddpm_deploy.errors import ExportError, SpecError
+from ddpm_deploy.errors import EngineError, ExportError, SpecError
 from ddpm_deploy.export.fuse_step import fuse_file, fuse_step
 from ddpm_deploy.fused import METADATA_KEY, denoise_fused, row_of
 from ddpm_deploy.sampling import Table
@@ -213,6 +213,6 @@ def test_a_graph_that_the_step_cannot_follow_is_refused(
 def test_a_file_that_is_no_onnx_is_named(tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage")
-    with pytest.raises(ExportError, match=r"garbage\.onnx is no ONNX file"):
+    with pytest.raises(EngineError, match=r"garbage\.onnx is no ONNX file"):
         fuse_file(garbage, tmp_path / "fused.onnx")
     assert list(tmp_path.iterdir()) == [garbage]

@@ -17,10 +17,12 @@ from ddpm_deploy import ModelSpec, open_engine
 from ddpm_deploy.engines.ort import run_graph
 from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.graph import constants, tensor_types
-from ddpm_deploy.export.precision import CONDITIONING, ENDS, STATISTICS, Precision, convert
+from ddpm_deploy.export.precision import CONDITIONING, ENDS, STATISTICS, convert
 from ddpm_deploy.export.rounding import rounded
 from ddpm_deploy.export.to_onnx import export_network
-from ddpm_deploy.spec import METADATA_KEY, PRECISION_KEY
+from ddpm_deploy.precision import METADATA_KEY as PRECISION_KEY
+from ddpm_deploy.precision import Half
+from ddpm_deploy.spec import METADATA_KEY
 from tests.support import tiny_network, tiny_spec
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -61,7 +63,7 @@ def read_types(model: onnx.ModelProto, op_type: str) -> list[int]:
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
 def test_products_compute_in_half_precision_and_statistics_in_float32(
-    model: onnx.ModelProto, name: Precision
+    model: onnx.ModelProto, name: Half
 ) -> None:
     mixed = convert(model, name).model
     convolutions = read_types(mixed, "Conv")
@@ -142,7 +144,7 @@ def test_every_reason_is_told_with_its_operators(model: onnx.ModelProto) -> None
 
 @pytest.mark.parametrize(("name", "limit"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_the_rounded_graph_is_near_float32_but_not_the_same(
-    model: onnx.ModelProto, tmp_path: Path, name: Precision, limit: float
+    model: onnx.ModelProto, tmp_path: Path, name: Half, limit: float
 ) -> None:
     wanted = run(model, tmp_path)
     given = run(rounded(convert(model, name).model), tmp_path)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper, parser
 
-from ddpm_deploy.engines.build_settings import BuildSettings, Precision
+from ddpm_deploy.engines.build_settings import BuildSettings
 from ddpm_deploy.engines.flavour import Flavour
 from ddpm_deploy.engines.plan import Profile
 from ddpm_deploy.errors import EngineError, ExportError, SpecError
@@ -19,8 +19,9 @@ from ddpm_deploy.export.prepare import (
     Lowered,
     lower_precision,
     prepare_graph,
-    read_graph,
+    read_header,
 )
+from ddpm_deploy.precision import Precision
 from ddpm_deploy.spec import METADATA_KEY
 from tests.support import tiny_spec, write_graph
 
@@ -40,18 +41,18 @@ def settings(precision: Precision, *, fuse_step: bool = False) -> BuildSettings:
 
 
 def test_a_graph_s_spec_is_read_from_its_metadata(graph: Path) -> None:
-    assert read_graph(graph) == (tiny_spec(classes=4), False)
+    assert read_header(graph) == (tiny_spec(classes=4), False)
 
 
 def test_what_is_no_graph_of_ours_is_refused(tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage")
-    with pytest.raises(EngineError, match=r"onnx cannot load .*garbage\.onnx"):
-        read_graph(garbage)
+    with pytest.raises(EngineError, match=r"garbage\.onnx is no ONNX file"):
+        read_header(garbage)
     with pytest.raises(EngineError, match=r"There is no file .*missing\.onnx"):
-        read_graph(tmp_path / "missing.onnx")
+        read_header(tmp_path / "missing.onnx")
     with pytest.raises(SpecError, match="carries no ddpm-deploy spec"):
-        read_graph(write_graph(tmp_path / "bare.onnx", None))
+        read_header(write_graph(tmp_path / "bare.onnx", None))
 
 
 def test_float32_is_the_graph_itself(graph: Path, tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_lower_precision_is_another_graph_with_the_same_spec(
     prepared = prepare_graph(graph, settings(precision), tmp_path / "new" / "prepared.onnx")
     assert prepared.path == tmp_path / "new" / "prepared.onnx"
     assert prepared.groups
-    assert read_graph(prepared.path) == read_graph(graph)
+    assert read_header(prepared.path) == read_header(graph)
     assert graph.read_bytes() == before
     mixed = recorded(onnx.load_model(prepared.path))
     assert mixed is not None
@@ -102,7 +103,7 @@ def test_the_step_is_fused_behind_the_precision_and_not_before_it(
     graph: Path, tmp_path: Path
 ) -> None:
     fused = prepare_graph(graph, settings("fp16", fuse_step=True), tmp_path / "half.onnx").path
-    assert read_graph(fused) == (tiny_spec(classes=4), True)
+    assert read_header(fused) == (tiny_spec(classes=4), True)
     inputs = {entry.name: entry.type.tensor_type for entry in onnx.load_model(fused).graph.input}
     assert {inputs[name].elem_type for name in ("x", "row", "z")} == {TensorProto.FLOAT}
     whole = prepare_graph(graph, settings("fp32", fuse_step=True), tmp_path / "whole.onnx").path

@@ -1,0 +1,65 @@
+"""What a network computes in, and what an ONNX file in mixed precision says of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from ddpm_deploy.errors import SpecError
+
+METADATA_KEY = "ddpm_deploy.precision"
+"""Key in an ONNX file's `metadata_props` under which one in mixed precision says so."""
+
+Half = Literal["fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionRecord:
+    """What a graph computes in.
+
+    Attributes:
+        precision: Of most of it; `fp32` for a graph without half precision.
+        groups: How many operators compute in what and why, for people: the reason, then counts.
+        error: max |mixed - float32| / max |float32| of the output, as `calibrate` measured it; None
+            where nobody did.
+    """
+
+    precision: Precision = "fp32"
+    groups: Mapping[str, str] = field(default_factory=dict)
+    error: float | None = None
+
+    def to_json(self) -> str:
+        """Returns what a mixed graph carries under `METADATA_KEY`."""
+        return json.dumps(asdict(self))
+
+
+def read_precision(text: str | None, *, source: str) -> PrecisionRecord:
+    """Reads what `PrecisionRecord.to_json` wrote.
+
+    Args:
+        text: The value under `METADATA_KEY`; None is what a float32 graph carries.
+        source: What to call the file in errors.
+
+    Raises:
+        SpecError: It is damaged.
+    """
+    if text is None:
+        return PrecisionRecord()
+    try:
+        said = json.loads(text)
+        precision, groups, error = said["precision"], said.get("groups", {}), said.get("error")
+        if precision not in ("fp16", "bf16"):
+            raise ValueError(f"it is {precision!r}")
+        if not all(isinstance(text, str) for text in groups.values()):
+            raise TypeError("its groups are no texts")
+        return PrecisionRecord(
+            precision=precision, groups=groups, error=None if error is None else float(error)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as damage:
+        raise SpecError(
+            f"{source} says that it is in mixed precision, but not how ({damage!r}).",
+            hint="Build it again: ddpm-deploy build unet.onnx --fp16 --runtime onnxruntime",
+        ) from damage
