@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.errors import SpecError
 from ddpm_deploy.noise import Ahead
 from ddpm_deploy.sampling import Table, Transition
+from ddpm_deploy.spec import ModelSpec
 
 FORMAT = 1
 """Version of a fused step: its inputs, its output, and the order of `COLUMNS`."""
@@ -62,6 +65,46 @@ def row_of(transition: Transition) -> NDArray[np.float32]:
             b,
         ],
         dtype=np.float32,
+    )
+
+
+Shape: TypeAlias = tuple[int | str, ...]
+Inputs: TypeAlias = Mapping[str, tuple[str, Shape]]
+"""Name to dtype and shape; the batch is `N`."""
+
+
+def graph_inputs(spec: ModelSpec, *, fused: bool) -> Inputs:
+    """Returns what a network's graph takes, with the step behind it or without."""
+    samples: tuple[str, Shape] = ("float32", ("N", *spec.sample_shape))
+    inputs: dict[str, tuple[str, Shape]] = {"x": samples, "t": ("int64", ("N",))}
+    inputs |= {c.name: (c.dtype, ("N", *c.shape)) for c in spec.conditions}
+    if fused:
+        inputs |= {"row": ("float32", (len(COLUMNS),)), "z": samples}
+    return inputs
+
+
+def check_inputs(graph: Path, spec: ModelSpec, given: Inputs, *, fused: bool) -> None:
+    """Compares a graph's inputs with what its spec says; the batch may be free or a number.
+
+    Raises:
+        SpecError: They differ.
+    """
+    wanted = graph_inputs(spec, fused=fused)
+    found = {
+        name: (dtype, shape if fused and name == "row" else ("N", *shape[1:]))
+        for name, (dtype, shape) in given.items()
+    }
+    if found != wanted:
+        raise SpecError(
+            f"{graph} has the inputs {_listed(found)}, but its spec says {_listed(wanted)}.",
+            hint="Export the network again: ddpm-deploy export CHECKPOINT",
+        )
+
+
+def _listed(inputs: Inputs) -> str:
+    return ", ".join(
+        f"{name} {dtype} ({', '.join(map(str, shape))})"
+        for name, (dtype, shape) in sorted(inputs.items())
     )
 
 

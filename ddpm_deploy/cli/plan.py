@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
 
-from ddpm_deploy.cli.common import note
+from ddpm_deploy.cli.common import note, size
 from ddpm_deploy.engines.build_settings import BuildSettings, Rung
 from ddpm_deploy.engines.flavour import LABELS
 from ddpm_deploy.engines.plan import PlanRecord
@@ -229,7 +229,7 @@ def _tell(built: PlanBuilt, given_up: Sequence[str]) -> None:
             note(f"it replaces a plan that differed in {names}")
         note(
             f"built with {record.runtime} in {record.precision} in {took}: "
-            f"{record.plan_bytes / 1e6:.1f} MB, batches {', '.join(map(str, record.profiles))}"
+            f"{size(record.plan_bytes)}, batches {', '.join(map(str, record.profiles))}"
         )
         if record.precision_error is not None:
             note(
@@ -237,8 +237,8 @@ def _tell(built: PlanBuilt, given_up: Sequence[str]) -> None:
                 "float32, measured before the build"
             )
         if record.memory:
-            mebibytes = f"{record.memory / 2**20:,.0f} MiB"
-            note(f"a batch of {record.largest_batch} needs about {mebibytes} on the device")
+            needs = size(record.memory)
+            note(f"a batch of {record.largest_batch} needs about {needs} on the device")
         for reason, layers in record.precision_groups.items():
             note(fill(f"{reason}: {layers}", 79, initial_indent="  ", subsequent_indent="    "))
     if given_up:

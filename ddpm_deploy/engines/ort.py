@@ -12,8 +12,8 @@ import onnxruntime as ort
 
 from ddpm_deploy.arrays import Array, Samples
 from ddpm_deploy.engines.base import Engine, Stepper
-from ddpm_deploy.errors import EngineError, SpecError
-from ddpm_deploy.fused import COLUMNS, is_fused, row_of
+from ddpm_deploy.errors import EngineError
+from ddpm_deploy.fused import COLUMNS, check_inputs, is_fused, row_of
 from ddpm_deploy.fused import METADATA_KEY as STEP_KEY
 from ddpm_deploy.precision import METADATA_KEY as PRECISION_KEY
 from ddpm_deploy.precision import read_precision
@@ -72,7 +72,8 @@ class OrtEngine(Engine):
         self.fused = is_fused(metadata.get(STEP_KEY), source=str(path))
         said = read_precision(metadata.get(PRECISION_KEY), source=str(path))
         self.precision = said.precision
-        _check_inputs(self._session, self.spec, path, fused=self.fused)
+        given = {i.name: (_dtype(i.type), tuple(i.shape)) for i in self._session.get_inputs()}
+        check_inputs(path, self.spec, given, fused=self.fused)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
         fed = dict(feeds)
@@ -250,11 +251,10 @@ def read_graph(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, st
         session = ort.InferenceSession(str(path), options, providers=[_CPU])
     except Exception as error:
         raise _cannot_load(path, error) from error
-    words = {_input(name, "")[0]: name for name in ("float32", "float64")}
 
     def described(values: Any) -> dict[str, str]:
         return {
-            v.name: f"{words.get(v.type, v.type.removeprefix('tensor(').rstrip(')'))} "
+            v.name: f"{_dtype(v.type)} "
             f"({', '.join('?' if size is None else str(size) for size in v.shape)})"
             for v in values
         }
@@ -289,33 +289,10 @@ def _providers(device: str) -> list[str]:
             raise EngineError(f"The device is {device!r}; there are auto, cpu and cuda.")
 
 
-def _check_inputs(session: Any, spec: ModelSpec, path: Path, *, fused: bool) -> None:
-    """Compares the graph's inputs with what the spec says; N is the batch, free or not."""
-    wanted = {"x": _input("float32", "N", *spec.sample_shape), "t": _input("int64", "N")}
-    wanted |= {c.name: _input(c.dtype, "N", *c.shape) for c in spec.conditions}
-    if fused:
-        wanted |= {"row": _input("float32", len(COLUMNS)), "z": wanted["x"]}
-    given = {
-        i.name: (i.type, tuple(i.shape) if fused and i.name == "row" else ("N", *i.shape[1:]))
-        for i in session.get_inputs()
-    }
-    if given != wanted:
-        raise SpecError(
-            f"{path} has the inputs {_listed(given)}, but its spec says {_listed(wanted)}.",
-            hint="Export the network again: ddpm-deploy export CHECKPOINT",
-        )
-
-
-def _input(dtype: str, *shape: int | str) -> tuple[str, tuple[int | str, ...]]:
-    names = {"float32": "float", "float64": "double"}  # ONNX Runtime's words
-    return f"tensor({names.get(dtype, dtype)})", shape
-
-
-def _listed(inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> str:
-    return ", ".join(
-        f"{name} {kind} ({', '.join(map(str, shape))})"
-        for name, (kind, shape) in sorted(inputs.items())
-    )
+def _dtype(kind: str) -> str:
+    """Returns NumPy's name for an ONNX Runtime type: `float32` for `tensor(float)`."""
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from importlib import util
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any, TypeAlias
+from typing import Any
 
 import ddpm_deploy
 from ddpm_deploy._version import __version__
@@ -31,10 +31,9 @@ from ddpm_deploy.errors import (
     EngineBuildError,
     EngineError,
     MissingDependencyError,
-    SpecError,
 )
 from ddpm_deploy.files import sha256, whole_file
-from ddpm_deploy.fused import COLUMNS
+from ddpm_deploy.fused import check_inputs
 from ddpm_deploy.spec import ModelSpec
 
 WORKER = ("-m", "ddpm_deploy.engines.trt_worker")
@@ -48,9 +47,6 @@ _DTYPES = {
     **{"INT8": "int8", "UINT8": "uint8", "BOOL": "bool"},
 }
 """TensorRT's words for NumPy's types."""
-
-_Inputs: TypeAlias = dict[str, tuple[str, tuple[int | str, ...]]]
-"""Name to dtype and shape."""
 
 _KEY = (
     *("graph_sha256", "flavour", "version", "platform", "device", "compute_capabilities"),
@@ -236,35 +232,6 @@ def _check_memory(prepared: Prepared, worker: _Worker, settings: BuildSettings) 
     )
 
 
-def _check_inputs(
-    graph: Path, spec: ModelSpec, given: Mapping[str, Sequence[Any]], *, fused: bool
-) -> None:
-    """Compares the parsed network's inputs with what the spec says; the first axis is the batch."""
-    wanted: _Inputs = {"x": ("float32", ("N", *spec.sample_shape)), "t": ("int64", ("N",))}
-    wanted |= {c.name: (c.dtype, ("N", *c.shape)) for c in spec.conditions}
-    if fused:
-        wanted |= {"row": ("float32", (len(COLUMNS),)), "z": wanted["x"]}
-    found: _Inputs = {
-        name: (
-            _DTYPES.get(dtype, dtype),
-            tuple(sizes) if fused and name == "row" else ("N", *sizes[1:]),
-        )
-        for name, (dtype, sizes) in given.items()
-    }
-    if found != wanted:
-        raise SpecError(
-            f"{graph} has the inputs {_listed(found)}, but its spec says {_listed(wanted)}.",
-            hint="Export the network again: ddpm-deploy export CHECKPOINT",
-        )
-
-
-def _listed(inputs: _Inputs) -> str:
-    return ", ".join(
-        f"{name} {dtype} ({', '.join(map(str, shape))})"
-        for name, (dtype, shape) in sorted(inputs.items())
-    )
-
-
 class _Worker:
     """The process that has the runtime loaded, from its greeting to its end.
 
@@ -395,7 +362,11 @@ class _Worker:
                 hardware_compatible=settings.hardware_compatible,
             )
             parsed = self._hear("parsed", look)
-            _check_inputs(graph, spec, parsed["inputs"], fused=settings.fuse_step)
+            given = {
+                name: (_DTYPES.get(dtype, dtype), tuple(shape))
+                for name, (dtype, shape) in parsed["inputs"].items()
+            }
+            check_inputs(graph, spec, given, fused=settings.fuse_step)
             seconds = self._hear("built", look)["seconds"]
             if cache is not None and new.is_file():
                 with whole_file(cache) as partial:

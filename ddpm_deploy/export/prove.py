@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from ddpm_deploy.engines import open_engine
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.export.calibrate import sampled, small, written
+from ddpm_deploy.export.onnx_file import load_graph
 from ddpm_deploy.parity import relative_error
 
 
@@ -31,7 +31,7 @@ def prove(graph: Path, engine: Engine, *, steps: int = 3, images: int = 2) -> fl
         MissingDependencyError: ONNX Runtime is not installed.
     """
     with (
-        written(small(onnx.load(graph), images)) as path,
+        written(small(load_graph(graph), images)) as path,
         open_engine(path, device="cpu") as reference,
     ):
         errors = []

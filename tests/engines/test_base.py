@@ -226,9 +226,9 @@ def test_weights_outside_the_folder_of_a_graph_are_refused(tmp_path: Path) -> No
     [
         (
             tiny_spec(classes=4),
-            r"t tensor\(int64\) \(N\), x tensor\(float\) \(N, 1, 8, 8\), y tens",
+            r"t int64 \(N\), x float32 \(N, 1, 8, 8\), y int64",
         ),
-        (tiny_spec(size=16), r"x tensor\(float\) \(N, 1, 16, 16\)"),
+        (tiny_spec(size=16), r"x float32 \(N, 1, 16, 16\)"),
     ],
 )
 def test_a_spec_whose_inputs_are_not_the_graph_s_is_refused(
