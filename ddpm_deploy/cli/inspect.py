@@ -24,6 +24,7 @@ def command(
     the weights are.
     """
     from rich.table import Table
+    from rich.text import Text
 
     from ddpm_deploy.cli.facts import checkpoint_facts, graph_facts, plan_facts
     from ddpm_deploy.engines.base import check_path
@@ -56,7 +57,8 @@ def command(
     )
     before = ""
     for key, value in [*rows, *facts.rows]:
-        table.add_row("" if key == before else key, value)
+        # As text, so that no bracket in a name is read as markup
+        table.add_row(Text("" if key == before else key), Text(value))
         before = key
     print_table(table)
     if facts.command:  # on a line of its own, whole, so that it can be copied

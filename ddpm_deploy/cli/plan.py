@@ -169,6 +169,7 @@ def _clock(what: str) -> Iterator[Callable[[Building], None]]:
     How far a build is, TensorRT does not say, so there is no percentage.
     """
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True)
     spoke = 0.0
@@ -182,10 +183,10 @@ def _clock(what: str) -> Iterator[Callable[[Building], None]]:
     class Line:
         """What stands beside the spinner, made anew whenever it turns."""
 
-        def __rich__(self) -> str:
+        def __rich__(self) -> Text:  # which has no markup: a name may hold brackets
             if begun is not None:
-                return text(begun)
-            return f"preparing the graph: {duration(time.perf_counter() - start)}"
+                return Text(text(begun))
+            return Text(f"preparing the graph: {duration(time.perf_counter() - start)}")
 
     def watch(building: Building) -> None:
         nonlocal begun

@@ -303,6 +303,15 @@ def test_in_a_pipe_the_clock_speaks_once_a_minute(capsys: pytest.CaptureFixture[
     ]
 
 
+def test_on_a_terminal_the_clock_shows_names_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's way to say that this is a terminal
+    with _clock("building a[/x].plan") as watch:
+        watch(Building(seconds=3.0, last=None))
+    assert "building a[/x].plan" in capsys.readouterr().err
+
+
 @rtx
 def test_ctrl_c_ends_both_processes_and_leaves_nothing(folder: Path, digits: Path) -> None:
     before = contents(folder)

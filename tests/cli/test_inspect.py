@@ -177,6 +177,14 @@ def test_a_plan_says_what_its_sidecar_says(monkeypatch: pytest.MonkeyPatch) -> N
     assert run("inspect", "unet.plan").out.endswith(f"build it again:\n  {plan.command}\n")
 
 
+def test_brackets_in_names_are_no_markup() -> None:
+    write_plan(Path("[i].plan"), record(tool="[/bold]", layers={"[/b] HALF": 1}))
+    said = rows("[i].plan")
+    assert said["file"] == "[i].plan"
+    assert said["built"].endswith("by [/bold]")
+    assert said["fp16 layers"] == "1 [/b]"
+
+
 def test_a_plan_s_json_is_its_sidecar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "find_device", lambda: None)
     write_plan(Path("unet.plan"))
