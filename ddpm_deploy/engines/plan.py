@@ -22,6 +22,9 @@ from ddpm_deploy.spec import ModelSpec
 
 FORMAT = 1
 
+_MOST = 2**63
+"""Beyond any number of bytes or seconds."""
+
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Profile:
@@ -209,6 +212,7 @@ def _first_build(plan: Path) -> str:
 def _parse(path: Path) -> PlanRecord:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(data, ensure_ascii=False).encode()  # half of a surrogate pair cannot be printed
         version = data.pop("format")
         if not isinstance(version, int):
             raise TypeError("its format is no number")
@@ -262,5 +266,8 @@ def _check(record: PlanRecord) -> None:
         raise TypeError("precision_groups are no texts")
     if not all(isinstance(number, int) for number in record.layers.values()):
         raise TypeError("layers are no numbers")
+    for name in ("plan_bytes", "memory", "seconds"):
+        if not 0 <= (number := getattr(record, name)) < _MOST:  # not NaN either
+            raise ValueError(f"{name} is out of range")
     if not record.profiles:
         raise ValueError("there is no profile")

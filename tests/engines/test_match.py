@@ -79,6 +79,27 @@ def _changed(**fields: Any) -> Callable[[Path], object]:
         (lambda plan: sidecar(plan).write_text("{"), "is damaged", "Copy plan and sidecar again"),
         (_changed(precision="fp8"), "damaged .*precision is 'fp8'", "Copy plan and sidecar again"),
         (_changed(precision_groups={"fp16": 3}), "damaged .*are no texts", "Copy plan and sidecar"),
+        (
+            _changed(seconds=float("nan")),
+            "damaged .*seconds is out of",
+            "Copy plan and sidecar again",
+        ),
+        (
+            _changed(seconds=float("inf")),
+            "damaged .*seconds is out of",
+            "Copy plan and sidecar again",
+        ),
+        (
+            _changed(memory=10**400),
+            "damaged .*memory is out of range",
+            "Copy plan and sidecar again",
+        ),
+        (_changed(memory=-1), "damaged .*memory is out of range", "Copy plan and sidecar again"),
+        (
+            _changed(tool="\ud800"),
+            "damaged .*surrogates not allowed",
+            "Copy plan and sidecar again",
+        ),
         (_changed(layers={"CONVOLUTION HALF": "3"}), "damaged .*are no num", "Copy plan and sidec"),
         (
             _changed(format=2),
