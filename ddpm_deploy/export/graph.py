@@ -95,8 +95,8 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """Returns the constant tensors by name: initializers, and the values of `Constant` nodes."""
     found = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        if is_op(node, "Constant") and node.attribute[0].name == "value":
-            found[node.output[0]] = node.attribute[0].t
+        if is_op(node, "Constant"):
+            found.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
     return found
 
 

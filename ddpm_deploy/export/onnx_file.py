@@ -32,7 +32,7 @@ def load_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         )
     try:
         model = onnx.load_model(path, load_external_data=weights)
-    except (DecodeError, onnx.checker.ValidationError, OSError) as error:
+    except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
         raise _no_graph(path, str(error)) from error
     if not model.graph.output:  # an empty file is a model to protobuf
         raise _no_graph(path, "it holds no graph")

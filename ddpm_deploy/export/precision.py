@@ -361,8 +361,17 @@ class _Writer:
 
 def _with_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
     """Returns the model in a later opset: bfloat16 convolutions are in ONNX from opset 22 on."""
-    (opset,) = (entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
-    return model if opset >= least else onnx.version_converter.convert_version(model, least)
+    opset = max(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
+    if opset >= least:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, least)
+    except (RuntimeError, ValueError) as error:  # an operator that onnx has no way for
+        raise ExportError(
+            f"bfloat16 needs opset {least}; this graph is of opset {opset}, and onnx cannot carry "
+            f"it over: {' '.join(str(error).split())[:300]}",
+            hint=f"Export it with --opset {least}, or type --fp16.",
+        ) from error
 
 
 def _cast(name: str, to_name: str, elem_type: int) -> onnx.NodeProto:

@@ -90,6 +90,14 @@ def test_a_shape_that_cannot_be_inferred_is_read_from_the_file_or_unknown() -> N
     assert "unknown" not in types or types["unknown"].shape is None
 
 
+def test_a_constant_without_a_value_is_none() -> None:
+    model = parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[N] x) => (float[N] y) { y = Neg (x) }'
+    )
+    model.graph.node.add(op_type="Constant", output=["c"])
+    assert constants(model.graph) == {}
+
+
 def test_an_axis_that_is_not_the_batch_keeps_its_size() -> None:
     text = """
     <ir_version: 10, opset_import: ["" : 20]>

@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ddpm_deploy import ModelSpec, open_engine
 from ddpm_deploy.engines.ort import run_graph
-from ddpm_deploy.errors import ExportError
+from ddpm_deploy.errors import ExportError, SpecError
 from ddpm_deploy.export.graph import constants, tensor_types
 from ddpm_deploy.export.precision import CONDITIONING, ENDS, STATISTICS, convert
 from ddpm_deploy.export.rounding import rounded
@@ -293,3 +293,37 @@ def test_a_graph_that_others_made_mixed_is_refused(model: onnx.ModelProto) -> No
 def test_an_unknown_precision_is_refused(model: onnx.ModelProto) -> None:
     with pytest.raises(ValueError, match="precision is 'int8'; there are fp16, bf16"):
         convert(model, "int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "{",
+        "null",
+        "[]",
+        '{"precision": "int8", "groups": {}}',
+        '{"precision": "fp16", "groups": [1]}',
+        '{"precision": "fp16", "groups": {"fp16": 3}}',
+        '{"precision": "fp16", "groups": {}, "error": "small"}',
+    ],
+)
+def test_a_precision_that_cannot_be_read_is_refused(model: onnx.ModelProto, said: str) -> None:
+    damaged = onnx.ModelProto()
+    damaged.CopyFrom(model)
+    damaged.metadata_props.add(key=PRECISION_KEY, value=said)
+    with pytest.raises(SpecError, match="is in mixed precision, but not how"):
+        convert(damaged, "fp16")
+
+
+def test_an_operator_that_onnx_cannot_carry_over_is_an_error_of_the_graph() -> None:
+    model = parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[batch, 4] x, int64[batch] t) => (float[batch, 4] out)
+        <float[1] one = {1.0}>
+        { out = GroupNormalization <num_groups = 1> (x, one, one) }
+        """
+    )
+    with pytest.raises(ExportError, match=r"needs opset 22; this graph is of opset 17") as caught:
+        convert(model, "bf16")
+    assert "--opset 22" in caught.value.hint

@@ -55,6 +55,19 @@ def test_what_is_no_graph_of_ours_is_refused(tmp_path: Path) -> None:
         read_header(write_graph(tmp_path / "bare.onnx", None))
 
 
+@pytest.mark.parametrize("offset", ["99999999", "none"])
+def test_weights_that_are_not_where_the_graph_says_are_refused(graph: Path, offset: str) -> None:
+    onnx.save_model(
+        onnx.load(graph), graph, save_as_external_data=True, location="w", size_threshold=0
+    )
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        next(e for e in tensor.external_data if e.key == "offset").value = offset
+    graph.write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match=r"unet\.onnx is no ONNX file"):
+        lower_precision(graph, "fp32")
+
+
 def test_float32_is_the_graph_itself(graph: Path, tmp_path: Path) -> None:
     prepared = prepare_graph(graph, settings("fp32"), tmp_path / "prepared.onnx")
     assert prepared.path == graph
