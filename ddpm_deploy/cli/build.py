@@ -159,6 +159,7 @@ def command(
         raise typer.BadParameter(f"{output} must end in .plan", param_hint="--output")
     flavour = _choose_flavour(runtime)
     with needs("onnx", extra=extra(flavour)):
+        from ddpm_deploy.export.onnx_file import weight_files
         from ddpm_deploy.export.prepare import lower_precision, prepare_graph, read_header
 
     spec, fused = read_header(graph)
@@ -202,6 +203,7 @@ def command(
             spec=spec,
             prepare=lambda smaller: prepared(smaller.profiles),
             check=functools.partial(check_plan, graph),
+            weights=weight_files(graph),
             force=force,
             retry_smaller=retry_smaller,
         )

@@ -62,6 +62,7 @@ def make_plan(
     spec: ModelSpec,
     prepare: Callable[[BuildSettings], Prepared],
     check: Callable[[Path, PlanRecord], None],
+    weights: Sequence[Path],
     force: bool,
     retry_smaller: bool,
 ) -> PlanBuilt:
@@ -74,6 +75,7 @@ def make_plan(
         spec: What the network is.
         prepare: Makes the graph that TensorRT reads.
         check: As in `build_plan`.
+        weights: Files that hold weights of the graph besides its own.
         force: Build though nothing has changed.
         retry_smaller: When memory runs out, go on with the next smaller build.
 
@@ -91,6 +93,7 @@ def make_plan(
                     spec=spec,
                     prepare=prepare,
                     check=check,
+                    weights=weights,
                     force=force,
                     watch=watch,
                 )

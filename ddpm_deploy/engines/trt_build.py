@@ -120,6 +120,7 @@ def build_plan(
     spec: ModelSpec,
     prepare: Callable[[BuildSettings], Prepared],
     check: Callable[[Path, PlanRecord], None] = lambda _plan, _record: None,
+    weights: Sequence[Path] = (),
     force: bool = False,
     watch: Callable[[Building], None] = lambda _: None,
 ) -> PlanBuilt:
@@ -132,6 +133,7 @@ def build_plan(
         spec: What the network is.
         prepare: Makes the graph that TensorRT reads; called when there is something to build.
         check: Called with the plan before it gets its name; what it raises leaves nothing.
+        weights: Files that hold weights of the graph besides its own.
         force: Build in any case.
         watch: Called several times a second while the build goes on.
 
@@ -144,6 +146,7 @@ def build_plan(
     before = _before(output)
     with _Worker(settings.flavour) as worker:
         wanted = _wanted(graph, output, settings, spec, worker)
+        wanted = replace(wanted, graph_sha256=sha256(graph, *weights))
         changed = () if before is None else differences(before, wanted)
         if before is not None and not changed and not force:
             return PlanBuilt(path=output, record=before, reused=True)
@@ -204,7 +207,7 @@ def _wanted(
         plan_sha256="",
         plan_bytes=0,
         graph=graph.name,
-        graph_sha256=sha256(graph),
+        graph_sha256="",
         flavour=settings.flavour,
         version=worker.version,
         platform=f"{platform.system()} {platform.machine()}",

@@ -12,7 +12,7 @@ from onnx import helper
 from onnx.defs import ONNX_DOMAIN
 
 from ddpm_deploy.export.graph import TensorType, constants
-from ddpm_deploy.export.onnx_file import metadata
+from ddpm_deploy.export.onnx_file import external_files, metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,7 @@ def describe_graph(model: onnx.ModelProto) -> GraphDescription:
         operators=dict(Counter(node.op_type for node in model.graph.node).most_common()),
         weights=sum(int(np.prod(tensor.dims, dtype=np.int64)) for tensor in tensors.values()),
         weight_bytes=sum(kind.bytes or 0 for kind in types),
-        external=tuple(
-            dict.fromkeys(
-                entry.value
-                for tensor in model.graph.initializer
-                for entry in tensor.external_data
-                if entry.key == "location"
-            )
-        ),
+        external=external_files(model),
         inputs={v.name: _type(v) for v in model.graph.input if v.name not in fixed},
         outputs={v.name: _type(v) for v in model.graph.output},
         metadata=metadata(model),

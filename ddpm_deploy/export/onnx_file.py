@@ -41,6 +41,34 @@ def load_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     return model
 
 
+def external_files(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Returns the names of the files that hold weights besides the model's own."""
+    return tuple(
+        dict.fromkeys(
+            entry.value
+            for tensor in model.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        )
+    )
+
+
+def weight_files(graph: Path) -> list[Path]:
+    """Returns the files that hold a graph's weights besides its own.
+
+    Raises:
+        EngineError: As from `load_graph`, or one of them is missing.
+    """
+    files = [graph.parent / name for name in external_files(load_graph(graph, weights=False))]
+    if missing := [file for file in files if not file.is_file()]:
+        raise EngineError(
+            f"{graph} has weights in {missing[0]}, which is no file.",
+            hint="Copy it beside the graph, or export the network again: "
+            "ddpm-deploy export CHECKPOINT",
+        )
+    return files
+
+
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """Writes an ONNX file; above 2 GiB its weights stand beside it."""
     onnx.save_model(model, path, save_as_external_data=model.ByteSize() >= _ONE_FILE)

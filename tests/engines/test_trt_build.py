@@ -119,6 +119,19 @@ def test_another_graph_is_another_build_and_the_last_duration_is_remembered() ->
 
 
 @rtx
+def test_other_weights_in_another_file_are_another_build() -> None:
+    weights = Path("weights.bin")
+    weights.write_bytes(b"before")
+    first = build(weights=[weights])
+    assert build(weights=[weights]).reused
+    weights.write_bytes(b"after.")
+    again = build(weights=[weights])
+    assert not again.reused
+    assert again.changed == ("graph_sha256",)
+    assert again.record.graph_sha256 != first.record.graph_sha256 != sha256(GRAPH)
+
+
+@rtx
 def test_a_plan_that_was_damaged_is_built_again() -> None:
     build()
     PLAN.write_bytes(PLAN.read_bytes()[:-1])

@@ -13,6 +13,7 @@ from ddpm_deploy.engines.flavour import Flavour
 from ddpm_deploy.engines.plan import Profile
 from ddpm_deploy.errors import EngineError, ExportError, SpecError
 from ddpm_deploy.export.attention import find_attention
+from ddpm_deploy.export.onnx_file import weight_files
 from ddpm_deploy.export.precision import convert, recorded
 from ddpm_deploy.export.prepare import (
     ATTENTION_BYTES,
@@ -66,6 +67,17 @@ def test_weights_that_are_not_where_the_graph_says_are_refused(graph: Path, offs
     graph.write_bytes(model.SerializeToString())
     with pytest.raises(EngineError, match=r"unet\.onnx is no ONNX file"):
         lower_precision(graph, "fp32")
+
+
+def test_weights_in_other_files_are_found(graph: Path) -> None:
+    assert weight_files(graph) == []
+    onnx.save_model(
+        onnx.load(graph), graph, save_as_external_data=True, location="w", size_threshold=0
+    )
+    assert weight_files(graph) == [graph.parent / "w"]
+    (graph.parent / "w").unlink()
+    with pytest.raises(EngineError, match=r"unet\.onnx has weights in .*w, which is no file"):
+        weight_files(graph)
 
 
 def test_float32_is_the_graph_itself(graph: Path, tmp_path: Path) -> None:
