@@ -238,7 +238,10 @@ def _cut(
     """Puts parts of an attention in its place; they carry its output's name and a number."""
     output = pattern.output
     with_queries = [
-        name for name in pattern.operands if (types[name].shape or ())[_QUERIES:][:1] > (1,)
+        # Without that axis, as in a mask of the keys alone, or with 1 there it suits every part.
+        name
+        for name in pattern.operands
+        if (types[name].shape or ())[_QUERIES : _QUERIES + 1] > (1,)
     ]
     cut = list(dict.fromkeys([pattern.scores.input[0], *with_queries]))
     lengths = f"{output}.sizes"

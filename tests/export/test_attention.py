@@ -226,6 +226,18 @@ def test_the_caller_s_graph_stays_and_its_metadata_are_kept() -> None:
     assert [value.name for value in split.graph.value_info] == []
 
 
+@pytest.mark.parametrize("mask", ["5", "1, 5", "6, 1"])
+def test_a_mask_is_cut_where_it_has_a_row_for_each_query(mask: str) -> None:
+    model = graph(MASKED.replace("float[6, 5] mask", f"float[{mask}] mask"))
+    split = split_queries(model, batch=3, limit_bytes=3 * 2 * 5 * 4 * 2).model
+    assert count(split, "Softmax") == 3
+    feeds = arrays(3, dtype=np.float16, masked=True)
+    feeds["mask"] = feeds["mask"][:, :1] if mask == "6, 1" else feeds["mask"][:1]
+    feeds["mask"] = feeds["mask"].reshape([int(size) for size in mask.split(", ")])
+    assert np.array_equal(reference(split, feeds), reference(model, feeds))
+    np.testing.assert_allclose(runtime(split, feeds), softmax_attention(feeds), atol=4e-3)
+
+
 def test_keys_that_are_the_queries_too_stay_whole() -> None:
     text = """
     <ir_version: 10, opset_import: ["" : 20]>
