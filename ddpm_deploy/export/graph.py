@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -29,6 +29,12 @@ _BITS = {
 _BITS_OF = {
     number: _BITS[name] for name, number in onnx.TensorProto.DataType.items() if name in _BITS
 }
+
+_LARGE = 4096
+"""The largest batch that shapes are inferred at.
+
+To ONNX's inference a row of one number a sample, which may be a shape, takes 200 bytes a sample.
+"""
 
 _SMALL = 1024
 """Elements up to which shape inference looks into a constant: shapes, axes, sizes."""
@@ -114,6 +120,25 @@ def tensor_types(model: onnx.ModelProto, *, batch: int) -> dict[str, TensorType]
     Raises:
         ExportError: The shapes contradict each other.
     """
+    if batch <= _LARGE:
+        return _inferred(model, batch)
+    near, far = _inferred(model, _LARGE - 1), _inferred(model, _LARGE)
+    return {
+        name: replace(kind, shape=_extended(near[name].shape, kind.shape, batch - _LARGE))
+        for name, kind in far.items()
+    }
+
+
+def _extended(
+    near: tuple[int, ...] | None, far: tuple[int, ...] | None, further: int
+) -> tuple[int, ...] | None:
+    """Goes on from two batches that follow one another: every size is a line over the batch."""
+    if near is None or far is None:
+        return None
+    return tuple(b + (b - a) * further for a, b in zip(near, far, strict=True))
+
+
+def _inferred(model: onnx.ModelProto, batch: int) -> dict[str, TensorType]:
     skeleton = _without_weights(model)
     _bind_batch(skeleton.graph, batch)
     recorded = {value.name: _type_of(value) for value in skeleton.graph.value_info}
