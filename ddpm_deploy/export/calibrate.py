@@ -103,7 +103,7 @@ def calibrate(
         precision: `fp16` or `bf16`.
         budget: Largest error of the network's output over its peak; `parity.BUDGETS` when None.
         steps: Timesteps at which it is measured, from the last to the first.
-        images: Samples at each.
+        images: Samples at each; a graph of one batch alone takes that many.
         data: float32, (M, *sample_shape): clean samples, which q carries to x_t (Ho et al. 2020,
             Eq. 4). The network's own samples when None.
         threads: CPU threads; one a core when None.
@@ -118,6 +118,9 @@ def calibrate(
     model = load_graph(graph)
     if recorded(model) is not None:
         return Calibrated(mixed=convert(model, precision), budget=allowed)
+    if (batch := _fixed_batch(model)) is not None:
+        images = batch
+        data = None if data is None else np.resize(data, (batch, *data.shape[1:]))
     on_progress(f"measuring {precision} against float32 on x_t of {steps} timesteps")
     with (
         written(small(model, images)) as path,
@@ -283,6 +286,12 @@ def written(model: onnx.ModelProto) -> Iterator[Path]:
         path = Path(folder) / "graph.onnx"
         save_graph(model, path)
         yield path
+
+
+def _fixed_batch(model: onnx.ModelProto) -> int | None:
+    """Returns the only batch that a graph takes; None where it is free."""
+    first = [value.type.tensor_type.shape.dim[:1] for value in model.graph.input]
+    return next((dim.dim_value for dims in first for dim in dims if dim.dim_value), None)
 
 
 def small(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:

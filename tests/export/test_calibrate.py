@@ -138,6 +138,19 @@ def test_clean_samples_are_carried_to_x_t_by_q(tmp_path: Path) -> None:
     assert calibrate(graph, "fp16", data=data, steps=5).kept == {}
 
 
+@pytest.mark.parametrize("pictures", [None, 8])
+def test_a_graph_of_one_batch_is_measured_at_that_batch(
+    tmp_path: Path, pictures: int | None
+) -> None:
+    graph = write(tmp_path / "g.onnx", PLAIN)
+    model = onnx.load(graph)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    onnx.save_model(model, graph)
+    data = None if pictures is None else np.ones((pictures, 8), np.float32)
+    assert 0 < calibrate(graph, "fp16", data=data).worst < 5e-3
+
+
 def test_a_mixed_graph_is_taken_as_it_is(tmp_path: Path) -> None:
     graph = write(tmp_path / "g.onnx", PLAIN)
     mixed = convert(onnx.load(graph), "fp16").model
