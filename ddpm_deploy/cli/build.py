@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict, replace
 from json import loads
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +70,7 @@ def command(
         typer.Option(metavar="8.6", help="rtx: a GPU to build for; repeat it for several."),
     ] = None,
     workspace: Annotated[
-        int | None, typer.Option(min=1, help="Most scratch memory of a layer, in MiB.")
+        int | None, typer.Option(min=1, max=2**40, help="Most scratch memory of a layer, in MiB.")
     ] = None,
     optimization_level: Annotated[
         int | None, typer.Option(min=0, max=5, help="0 builds fastest, 5 runs fastest.")
@@ -124,6 +125,8 @@ def command(
         raise typer.BadParameter(
             f"{runtime!r} is none of auto, tensorrt, rtx, onnxruntime", param_hint="--runtime"
         )
+    if budget is not None and not isfinite(budget):
+        raise typer.BadParameter(f"{budget} is no number", param_hint="--budget")
     precision = _precision(fp16=fp16, bf16=bf16, fp32=fp32)
     as_plan = runtime in {"tensorrt", "rtx"} or (
         runtime == "auto"

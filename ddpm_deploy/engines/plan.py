@@ -52,7 +52,9 @@ class Profile:
         """Reads `1:8:32`, or `8` for a plan of that one batch."""
         parts = text.split(":")
         if len(parts) not in {1, 3} or not all(p.isascii() and p.isdecimal() for p in parts):
-            raise ValueError(f"a profile is MIN:OPT:MAX, such as 1:8:32, or one number, not {text}")
+            raise ValueError(
+                f"a profile is MIN:OPT:MAX, such as 1:8:32, or one number, not {text!r}"
+            )
         least, best, most = (int(p) for p in (parts if len(parts) == 3 else parts * 3))
         return cls(least=least, best=best, most=most)
 
@@ -72,7 +74,7 @@ class PlanRecord:
         plan_sha256: Of the plan's bytes, in hexadecimal.
         plan_bytes: Its size.
         graph: Name of the ONNX file it was built from.
-        graph_sha256: Of that file.
+        graph_sha256: Of that file and of those that hold its weights, if there are any.
         flavour: `tensorrt` or `tensorrt_rtx`.
         version: Of the flavour, in full: a plan loads in no other.
         platform: `Linux x86_64`: system and processor it was built on.
@@ -267,7 +269,7 @@ def _check(record: PlanRecord) -> None:
     if not all(isinstance(number, int) for number in record.layers.values()):
         raise TypeError("layers are no numbers")
     for name in ("plan_bytes", "memory", "seconds"):
-        if not 0 <= (number := getattr(record, name)) < _MOST:  # not NaN either
+        if not 0 <= getattr(record, name) < _MOST:  # not NaN either
             raise ValueError(f"{name} is out of range")
     if not record.profiles:
         raise ValueError("there is no profile")

@@ -11,7 +11,7 @@ import onnx
 from ddpm_deploy.arrays import Samples
 from ddpm_deploy.engines.build_settings import BuildSettings
 from ddpm_deploy.engines.trt_build import Prepared
-from ddpm_deploy.errors import ExportError, MissingDependencyError
+from ddpm_deploy.errors import ExportError, MissingDependencyError, SpecError
 from ddpm_deploy.export.attention import split_queries
 from ddpm_deploy.export.calibrate import calibrate
 from ddpm_deploy.export.fuse_step import fuse_step
@@ -37,8 +37,15 @@ def read_header(graph: Path) -> tuple[ModelSpec, bool]:
         EngineError: It is missing, or no ONNX file.
         SpecError: It carries no spec that this release reads.
     """
-    said = metadata(load_graph(graph, weights=False))
+    model = load_graph(graph, weights=False)
+    said = metadata(model)
     spec = ModelSpec.from_metadata(said, source=str(graph))
+    outputs = [value.name for value in model.graph.output]
+    if "out" not in outputs:
+        raise SpecError(
+            f"{graph} gives {', '.join(outputs) or 'nothing'}; the output of a network is `out`.",
+            hint="Export the network again: ddpm-deploy export CHECKPOINT",
+        )
     return spec, is_fused(said.get(FUSED_KEY), source=str(graph))
 
 

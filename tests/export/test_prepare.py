@@ -80,6 +80,14 @@ def test_weights_in_other_files_are_found(graph: Path) -> None:
         weight_files(graph)
 
 
+def test_a_graph_without_the_output_of_a_network_is_refused(graph: Path) -> None:
+    model = onnx.load(graph)
+    model.graph.output[0].name = "labelled"
+    onnx.save_model(model, graph)
+    with pytest.raises(SpecError, match=r"unet\.onnx gives labelled; the output of a network"):
+        read_header(graph)
+
+
 def test_float32_is_the_graph_itself(graph: Path, tmp_path: Path) -> None:
     prepared = prepare_graph(graph, settings("fp32"), tmp_path / "prepared.onnx")
     assert prepared.path == graph
