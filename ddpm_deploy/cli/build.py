@@ -126,7 +126,7 @@ def command(
             f"{runtime!r} is none of auto, tensorrt, rtx, onnxruntime", param_hint="--runtime"
         )
     if budget is not None and not isfinite(budget):
-        raise typer.BadParameter(f"{budget} is no number", param_hint="--budget")
+        raise typer.BadParameter(f"{budget} is not finite", param_hint="--budget")
     precision = _precision(fp16=fp16, bf16=bf16, fp32=fp32)
     as_plan = runtime in {"tensorrt", "rtx"} or (
         runtime == "auto"
