@@ -165,10 +165,10 @@ def command(
         from ddpm_deploy.export.onnx_file import weight_files
         from ddpm_deploy.export.prepare import lower_precision, prepare_graph, read_header
 
-    spec, fused = read_header(graph)
+    spec, fused, recorded = read_header(graph)
     chosen = BuildSettings(
         flavour=flavour,
-        precision=precision or "fp32",
+        precision=precision or recorded,
         profiles=_profiles(batch, spec),
         budget=budget,
         data=data,
@@ -323,7 +323,7 @@ def _build_mixed(
             f"The engine would overwrite the graph it is built from, {graph}.",
             hint="Name another file: -o unet.fp16.onnx",
         )
-    spec, _ = read_header(graph)
+    spec = read_header(graph).spec
     lowered = lower_precision(
         graph, "fp16", budget=budget, data=_pictures(data, spec), on_progress=note
     )

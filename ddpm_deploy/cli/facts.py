@@ -249,11 +249,12 @@ def _inside(
     ]
     stored = " with attention's scores stored" if attentions else ""
     for batch, estimate in estimates.items():
+        least = "more than" if estimate.unknown else "about"
         text = (
-            f"about {size(estimate.total)} at batch {batch}{stored}: weights "
+            f"{least} {size(estimate.total)} at batch {batch}{stored}: weights "
             f"{size(estimate.weights)}, activations {size(estimate.activations)}"
         )
         if estimate.unknown:
-            text += f", and {len(estimate.unknown)} tensors of unknown shape"
+            text += f"; {len(estimate.unknown)} tensors, of unknown shape, are not counted"
         rows.append(("memory", text))
     return data, rows

@@ -267,4 +267,6 @@ def where(record: PlanRecord) -> str:
         gpus = f"GPUs of compute capability {', '.join(names)}"
     else:
         gpus = "GPUs of Ampere and later (GeForce RTX 30, 40, 50)"
-    return f"on {gpus}, with {record.runtime}"
+    # The system does not matter to such a plan, the processor does.
+    processor = record.platform.split()[-1]
+    return f"on {gpus}, {processor}, with {record.runtime} exactly"

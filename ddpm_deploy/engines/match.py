@@ -68,7 +68,7 @@ def check_runtime(plan: Path, record: PlanRecord, runtimes: Runtimes) -> None:
             f"{plan} was built by {record.runtime}, which is not installed here; "
             f"there is {here or 'no TensorRT'}.",
             command=again,
-            first=f"Install {LABELS[record.flavour]} {record.version}.",
+            first=f"Install {record.runtime}: {_install(record)}.",
         )
     version = runtimes.versions[record.flavour]
     if version is not None:
@@ -138,6 +138,13 @@ def _same_platform(record: PlanRecord, here: str) -> bool:
     if record.flavour == "tensorrt_rtx":
         return record.platform.split()[-1:] == here.split()[-1:]
     return record.platform == here
+
+
+def _install(record: PlanRecord) -> str:
+    """Returns what installs the very version that a plan wants."""
+    if record.flavour == "tensorrt_rtx":
+        return f"pip install tensorrt-rtx-cu13=={record.version}"
+    return f"pip install tensorrt=={record.version}, or the JetPack that has it"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -271,5 +271,7 @@ def _check(record: PlanRecord) -> None:
     for name in ("plan_bytes", "memory", "seconds"):
         if not 0 <= getattr(record, name) < _MOST:  # not NaN either
             raise ValueError(f"{name} is out of range")
+    if not record.command.isprintable():  # it is shown to be typed
+        raise ValueError(f"command is {record.command!r}")
     if not record.profiles:
         raise ValueError("there is no profile")

@@ -422,6 +422,13 @@ class _Worker:
             return OutOfMemoryError(
                 f"{self._name} ran out of memory after {self._seconds:.0f} s: {log or message}"
             )
+        if "for Turing" in f"{message} {log}":
+            return EngineBuildError(
+                f"{self._name} has no float32 matrix products for Turing (7.5), and the timestep's "
+                f"path through the network needs them: {log or message}",
+                hint="Leave --compute-capability 7.5 out; for a Turing GPU build with TensorRT, on "
+                "the machine that has it.",
+            )
         return EngineBuildError(
             f"{self._name} could not build the plan: {log or message}",
             hint="Try another precision, or --batch with one number, to see what it cannot do; "

@@ -121,11 +121,11 @@ def calibrate(
     if (batch := _fixed_batch(model)) is not None:
         images = batch
         data = None if data is None else np.resize(data, (batch, *data.shape[1:]))
-    on_progress(f"measuring {precision} against float32 on x_t of {steps} timesteps")
     with (
         written(small(model, images)) as path,
         open_engine(path, device="cpu", threads=threads) as engine,
     ):
+        on_progress(f"measuring {precision} against float32 on x_t of {steps} timesteps")
         calls = sampled(engine, steps, images) if data is None else noised(engine, data, steps)
     if not all(np.isfinite(call.out).all() for call in calls):
         raise ExportError(
@@ -137,6 +137,12 @@ def calibrate(
     keep = trial.out_of_range()
     errors = trial.errors(keep)
     free = [name for name in trial.products if name not in keep]
+    if trial.products and not free:
+        raise ExportError(
+            f"Every product of this network leaves the range of {precision}, so nothing would be "
+            "in it.",
+            hint="Build with --bf16, which reaches as far as float32, or with --fp32.",
+        )
     most = len(free) // 2
     while not (worst := max(errors.values())) <= allowed:
         if len(keep) > most or not free:

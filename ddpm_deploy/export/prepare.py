@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 
@@ -20,18 +21,30 @@ from ddpm_deploy.export.onnx_file import load_graph, metadata, write_graph
 from ddpm_deploy.export.precision import convert, recorded
 from ddpm_deploy.fused import METADATA_KEY as FUSED_KEY
 from ddpm_deploy.fused import is_fused
-from ddpm_deploy.precision import Precision
+from ddpm_deploy.precision import METADATA_KEY as PRECISION_KEY
+from ddpm_deploy.precision import Precision, read_precision
 from ddpm_deploy.spec import ModelSpec
 
 ATTENTION_BYTES = 2**27
 """What one matrix of attention may take on a device, at the largest batch."""
 
 
-def read_header(graph: Path) -> tuple[ModelSpec, bool]:
-    """Reads what a graph says it is, not its weights.
+class Header(NamedTuple):
+    """What a graph says it is.
 
-    Returns:
-        The network's spec, and whether the sampler's step stands behind it.
+    Attributes:
+        spec: The network's.
+        fused: Whether the sampler's step stands behind it.
+        precision: What most of it computes in.
+    """
+
+    spec: ModelSpec
+    fused: bool
+    precision: Precision
+
+
+def read_header(graph: Path) -> Header:
+    """Reads what a graph says it is, not its weights.
 
     Raises:
         EngineError: It is missing, or no ONNX file.
@@ -46,7 +59,8 @@ def read_header(graph: Path) -> tuple[ModelSpec, bool]:
             f"{graph} gives {', '.join(outputs) or 'nothing'}; the output of a network is `out`.",
             hint="Export the network again: ddpm-deploy export CHECKPOINT",
         )
-    return spec, is_fused(said.get(FUSED_KEY), source=str(graph))
+    precision = read_precision(said.get(PRECISION_KEY), source=str(graph)).precision
+    return Header(spec, is_fused(said.get(FUSED_KEY), source=str(graph)), precision)
 
 
 @dataclass(frozen=True, kw_only=True)

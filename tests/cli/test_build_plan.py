@@ -69,7 +69,9 @@ def test_a_precision_makes_a_plan_that_sample_s_line_names(precision: str) -> No
         if precision == "fp32"
         else f"measuring {precision} against float32 on x_t of 10 timesteps\nbuilt with "
     )
-    assert "it runs on GPUs of Ampere and later (GeForce RTX 30, 40, 50), with " in outcome.err
+    assert (
+        "it runs on GPUs of Ampere and later (GeForce RTX 30, 40, 50), x86_64, with " in outcome.err
+    )
     assert "draw images there: ddpm-deploy sample --engine unet.plan" in outcome.err
     record = read_record(PLAN)
     assert record.precision == precision
@@ -382,3 +384,18 @@ def test_a_plan_for_other_gpus_is_built_without_the_comparison(
     outcome = build("--fp16")
     assert outcome.code == 0
     assert "the plan was not compared with its graph here: it is for another GPU." in outcome.err
+
+
+@rtx
+def test_a_graph_s_own_precision_need_not_be_typed() -> None:
+    assert build("--fp16", "--runtime", "onnxruntime").code == 0
+    assert build("unet.fp16.onnx", "--runtime", "rtx", "-o", "unet.plan").code == 0
+    assert read_record(PLAN).precision == "fp16"
+
+
+@rtx
+def test_what_turing_lacks_is_said(digits: Path) -> None:
+    outcome = build(digits, "--fp32", "--compute-capability", "7.5")
+    assert outcome.code == 2
+    assert "has no float32 matrix products for Turing (7.5)" in outcome.err
+    assert " hint: Leave --compute-capability 7.5 out; for a Turing GPU" in outcome.err

@@ -164,7 +164,8 @@ def test_another_flavour_is_refused_with_what_to_install(
     monkeypatch.setattr(match.Runtimes, "here", lambda: replace(here, platform="Linux aarch64"))
     with pytest.raises(PlanMismatchError, match=message) as caught:
         open_engine(write_plan(tmp_path / "unet.plan"))
-    assert caught.value.hint == f"Install TensorRT 10.3.0. {AGAIN}"
+    install = "Install TensorRT 10.3.0: pip install tensorrt==10.3.0, or the JetPack that has it."
+    assert caught.value.hint == f"{install} {AGAIN}"
 
 
 def test_what_fits_is_not_refused() -> None:

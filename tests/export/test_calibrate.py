@@ -117,6 +117,15 @@ def test_a_budget_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     assert said[1].startswith("error ")
 
 
+def test_a_network_that_fp16_suits_nowhere_is_refused(tmp_path: Path) -> None:
+    huge = np.eye(8) * 1e6
+    body = "a = MatMul(x, up) b = MatMul(a, w) c = MatMul(b, w) out = MatMul(c, down)"
+    graph = write(tmp_path / "g.onnx", body, up=huge, down=np.eye(8) / 1e6)
+    with pytest.raises(ExportError, match="Every product of this network leaves the range of fp16"):
+        calibrate(graph, "fp16")
+    assert calibrate(graph, "bf16").kept == {}
+
+
 def test_numbers_that_are_not_finite_in_float32_are_the_networks_own(tmp_path: Path) -> None:
     graph = write(tmp_path / "g.onnx", PLAIN, w=np.full((8, 8), 1e30))
     with pytest.raises(ExportError, match="The float32 network itself gives numbers that are not"):

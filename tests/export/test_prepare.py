@@ -42,7 +42,7 @@ def settings(precision: Precision, *, fuse_step: bool = False) -> BuildSettings:
 
 
 def test_a_graph_s_spec_is_read_from_its_metadata(graph: Path) -> None:
-    assert read_header(graph) == (tiny_spec(classes=4), False)
+    assert read_header(graph) == (tiny_spec(classes=4), False, "fp32")
 
 
 def test_what_is_no_graph_of_ours_is_refused(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_lower_precision_is_another_graph_with_the_same_spec(
     prepared = prepare_graph(graph, settings(precision), tmp_path / "new" / "prepared.onnx")
     assert prepared.path == tmp_path / "new" / "prepared.onnx"
     assert prepared.groups
-    assert read_header(prepared.path) == read_header(graph)
+    assert read_header(prepared.path) == (*read_header(graph)[:2], precision)
     assert graph.read_bytes() == before
     mixed = recorded(onnx.load_model(prepared.path))
     assert mixed is not None
@@ -136,7 +136,7 @@ def test_the_step_is_fused_behind_the_precision_and_not_before_it(
     graph: Path, tmp_path: Path
 ) -> None:
     fused = prepare_graph(graph, settings("fp16", fuse_step=True), tmp_path / "half.onnx").path
-    assert read_header(fused) == (tiny_spec(classes=4), True)
+    assert read_header(fused)[:2] == (tiny_spec(classes=4), True)
     inputs = {entry.name: entry.type.tensor_type for entry in onnx.load_model(fused).graph.input}
     assert {inputs[name].elem_type for name in ("x", "row", "z")} == {TensorProto.FLOAT}
     whole = prepare_graph(graph, settings("fp32", fuse_step=True), tmp_path / "whole.onnx").path
