@@ -64,7 +64,6 @@ ROOMS_OF = {
     "engines.cuda": {"cuda"},
     "engines.ort": {"onnxruntime"},
     "engines.pytorch": {"torch"},
-    "engines.openvino": {"openvino"},
     "engines.trt_worker": {"polygraphy"},
 }
 
@@ -126,7 +125,7 @@ def test_arrows_between_rooms_point_one_way() -> None:
 
 
 def test_one_engine_knows_no_other() -> None:
-    runtimes = {"ort", "pytorch", "openvino", "trt"}
+    runtimes = {"ort", "pytorch", "trt"}
     for name, tree in files():
         if name.startswith("engines.") and name not in {"engines.base", "engines.build"}:
             others = runtimes - {name.removeprefix("engines.")}

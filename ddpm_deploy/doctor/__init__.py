@@ -18,7 +18,7 @@ from ddpm_deploy.doctor.system import RUNTIMES, Distribution, System, read_syste
 
 __all__ = ["Ability", "Finding", "Package", "Report", "System", "examine", "machine", "read_system"]
 
-PACKAGES = dict.fromkeys(("numpy", *PLAN_PACKAGES, "openvino", *EXPORT_PACKAGES, *TRAIN_PACKAGES))
+PACKAGES = dict.fromkeys(("numpy", *PLAN_PACKAGES, *EXPORT_PACKAGES, *TRAIN_PACKAGES))
 
 
 @dataclass(frozen=True, kw_only=True)
