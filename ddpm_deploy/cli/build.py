@@ -210,6 +210,8 @@ def command(
             force=force,
             retry_smaller=retry_smaller,
         )
+        if keep_graph and built.reused and not place.is_file():
+            prepared(chosen.profiles)
     if json:
         record = loads(built.record.to_json())
         print_json({"path": str(output), "reused": built.reused, **record})

@@ -150,15 +150,16 @@ def build_plan(
         changed = () if before is None else differences(before, wanted)
         if before is not None and not changed and not force:
             return PlanBuilt(path=output, record=before, reused=True)
-        prepared = prepare(settings)
-        _check_memory(prepared, worker, settings)
-        wanted = replace(
-            wanted,
-            precision_groups=prepared.groups,
-            precision_error=prepared.error,
-            memory=prepared.memory,
-        )
+        # Opened first: a place that cannot be written shall not cost the work.
         with whole_file(output) as plan, whole_file(sidecar(output)) as side:
+            prepared = prepare(settings)
+            _check_memory(prepared, worker, settings)
+            wanted = replace(
+                wanted,
+                precision_groups=prepared.groups,
+                precision_error=prepared.error,
+                memory=prepared.memory,
+            )
             last = None if before is None else before.seconds
             layers, seconds = worker.build(
                 prepared.path, plan, settings, spec=spec, last=last, watch=watch

@@ -399,3 +399,21 @@ def test_what_turing_lacks_is_said(digits: Path) -> None:
     assert outcome.code == 2
     assert "has no float32 matrix products for Turing (7.5)" in outcome.err
     assert " hint: Leave --compute-capability 7.5 out; for a Turing GPU" in outcome.err
+
+
+@rtx
+def test_the_graph_of_a_plan_that_is_there_can_be_kept_too() -> None:
+    build("--fp16")
+    kept = Path("unet.fp16.onnx")
+    assert not kept.exists()
+    assert "is up to date" in build("--fp16", "--keep-graph").err
+    assert recorded(onnx.load_model(kept)) is not None
+
+
+@rtx
+def test_a_place_that_cannot_be_written_is_noticed_before_the_work(folder: Path) -> None:
+    (folder / "unet.plan").mkdir()
+    outcome = build("--fp16")
+    assert outcome.code == 2
+    assert "measuring" not in outcome.err
+    assert contents(folder) == {"unet.onnx": UNET.read_bytes(), "unet.plan": None}
