@@ -60,14 +60,20 @@ class ImageData:
     def __len__(self) -> int:
         return self.count
 
-    def load(self, indices: Sequence[int] | NDArray[np.int64]) -> Samples:
+    def load(
+        self,
+        indices: Sequence[int] | NDArray[np.int64],
+        *,
+        value_range: tuple[float, float] = (-1.0, 1.0),
+    ) -> Samples:
         """Reads some of the pictures.
 
         Args:
             indices: Which, each 0 to N-1, in any order, as often as you like.
+            value_range: What black and white become.
 
         Returns:
-            float32, (n, C, H, W), in [-1, 1].
+            float32, (n, C, H, W), in `value_range`.
 
         Raises:
             DataError: A file is gone or is no picture that can be read.
@@ -79,7 +85,12 @@ class ImageData:
                 f"the indices are {wanted.min()}..{wanted.max()}; "
                 f"{self.source} has 0..{self.count - 1}"
             )
-        return from_pixels(self.read(wanted))
+        return from_pixels(self.read(wanted), value_range=value_range)
+
+    def spread(self, count: int) -> NDArray[np.int64]:
+        """Returns the indices of so many pictures, or of all, evenly over the whole set."""
+        count = min(count, len(self))
+        return np.arange(count) * len(self) // count
 
 
 def open_data(

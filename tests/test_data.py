@@ -197,3 +197,13 @@ def test_sizes_and_channels_out_of_range_are_refused() -> None:
 def test_an_index_outside_the_data_is_refused() -> None:
     with pytest.raises(IndexError, match=r"0\.\.1797; digits has 0\.\.1796"):
         open_data("digits").load([0, 1797])
+
+
+def test_some_pictures_are_spread_over_the_whole_set_in_a_network_s_range(tmp_path: Path) -> None:
+    pixels = np.stack([np.full((2, 2), level, dtype=np.uint8) for level in (0, 51, 102, 153, 255)])
+    np.savez(tmp_path / "grey.npz", images=pixels)
+    data = open_data(tmp_path / "grey.npz")
+    assert data.spread(2).tolist() == [0, 2]
+    assert data.spread(9).tolist() == [0, 1, 2, 3, 4]  # there are no more
+    loaded = data.load(data.spread(5), value_range=(0.0, 1.0))
+    np.testing.assert_allclose(loaded[:, 0, 0, 0], [0, 0.2, 0.4, 0.6, 1], atol=1e-7)

@@ -281,8 +281,6 @@ def _profiles(texts: list[str] | None, spec: ModelSpec) -> tuple[Profile, ...]:
 
 def _pictures(data: str | None, spec: ModelSpec) -> Samples | None:
     """Reads what half precision is measured on: a few pictures, in the network's own range."""
-    import numpy as np
-
     from ddpm_deploy.data import open_data
     from ddpm_deploy.images import is_picture
 
@@ -295,10 +293,7 @@ def _pictures(data: str | None, spec: ModelSpec) -> Samples | None:
         )
     channels, height, width = spec.sample_shape
     pictures = open_data(data, image_size=(height, width), channels=channels)
-    count = min(CALIBRATION_PICTURES, len(pictures))
-    chosen = np.arange(count) * len(pictures) // count
-    low, high = spec.value_range
-    return (low + (pictures.load(chosen) + 1) / 2 * (high - low)).astype(np.float32)
+    return pictures.load(pictures.spread(CALIBRATION_PICTURES), value_range=spec.value_range)
 
 
 def _build_mixed(

@@ -63,8 +63,6 @@ def command(
     stays the same. A network that never saw t = 0 in training (dome272's) is
     measured there all the same, in L_0.
     """
-    import numpy as np
-
     from ddpm_deploy.arrays import Samples, Timesteps
     from ddpm_deploy.bound import bound, pooled
     from ddpm_deploy.data import open_data
@@ -87,12 +85,11 @@ def command(
                 f"this network never saw t < {spec.first_timestep} in training, "
                 "so L_0 is what it gives there untrained"
             )
-        count = min(count, len(pictures))
-        chosen = np.arange(count) * len(pictures) // count
+        chosen = pictures.spread(count)
+        count = len(chosen)
         batch = batch or min(count, batch_for(opened))
         last = spec.schedule.T - 1
         terms = (min(TIMESTEPS, last) or None) if timesteps is None else timesteps
-        low, high = spec.value_range
 
         def part(indices: Timesteps) -> Bound:
             of_these = {name: values[indices] for name, values in conditions.items()}
@@ -102,7 +99,7 @@ def command(
                 progress.advance(len(x))
                 return out
 
-            x0 = (low + (pictures.load(indices) + 1) / 2 * (high - low)).astype(np.float32)
+            x0 = pictures.load(indices, value_range=spec.value_range)
             draws = SeededNoise(seed, indices.tolist(), spec.sample_shape)
             return bound(counted, spec, x0, draws, timesteps=terms)
 

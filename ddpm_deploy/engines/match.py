@@ -6,13 +6,12 @@ another remedy.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_deploy.engines.flavour import LABELS, Flavour, installed, installed_version
-from ddpm_deploy.engines.plan import PlanRecord, read_record, rebuild_command
+from ddpm_deploy.engines.plan import PlanRecord, read_record, rebuild_command, this_platform
 from ddpm_deploy.errors import PlanMismatchError
 
 AMPERE = "8.0"
@@ -35,7 +34,7 @@ class Runtimes:
     def here(cls) -> Runtimes:
         """Looks at this machine, importing nothing."""
         versions = {flavour: installed_version(flavour) for flavour in installed()}
-        return cls(versions=versions, platform=f"{platform.system()} {platform.machine()}")
+        return cls(versions=versions, platform=this_platform())
 
 
 def checked_record(plan: Path) -> PlanRecord:

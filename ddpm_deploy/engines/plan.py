@@ -8,6 +8,7 @@ the machine.
 from __future__ import annotations
 
 import json
+import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -150,6 +151,11 @@ class PlanRecord:
         plain = {**asdict(self), "spec": self.spec.to_dict()}
         plain["profiles"] = [str(profile) for profile in self.profiles]
         return json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"
+
+
+def this_platform() -> str:
+    """Returns system and processor, as `PlanRecord.platform` has them: `Linux x86_64`."""
+    return f"{platform.system()} {platform.machine()}"
 
 
 def sidecar(plan: Path) -> Path:

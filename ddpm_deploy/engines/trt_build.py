@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from ddpm_deploy._version import __version__
 from ddpm_deploy.engines.build_settings import BuildSettings, refuse_bf16
 from ddpm_deploy.engines.device import Device
 from ddpm_deploy.engines.flavour import LABELS, Flavour, extra, require
-from ddpm_deploy.engines.plan import PlanRecord, read_record, sidecar
+from ddpm_deploy.engines.plan import PlanRecord, read_record, sidecar, this_platform
 from ddpm_deploy.errors import (
     DDPMDeployError,
     EngineBuildError,
@@ -211,7 +210,7 @@ def _wanted(
         graph_sha256="",
         flavour=settings.flavour,
         version=worker.version,
-        platform=f"{platform.system()} {platform.machine()}",
+        platform=this_platform(),
         device=device.name if device else "",
         compute_capabilities=capabilities,
         profiles=settings.profiles,

@@ -238,11 +238,14 @@ class _Trial:
         Halving: of each half of the candidates, the louder one is halved again.
         """
         candidates = list(free)
+        cost: float | None = None
         while len(candidates) > 1:
             middle = len(candidates) // 2
             halves = candidates[:middle], candidates[middle:]
-            candidates = max(halves, key=lambda half: self._cost_of(half, keep))
-        return candidates[0], self._cost_of(candidates, keep)
+            costs = [self._cost_of(half, keep) for half in halves]
+            cost = max(costs)
+            candidates = halves[costs.index(cost)]
+        return candidates[0], self._cost_of(candidates, keep) if cost is None else cost
 
     def _cost_of(self, alone: Sequence[str], keep: Mapping[str, str]) -> float:
         """Returns the error with these products in half precision and all others in float32."""

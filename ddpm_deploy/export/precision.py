@@ -27,7 +27,7 @@ import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
 from ddpm_deploy.errors import ExportError
-from ddpm_deploy.export.graph import constants, tensor_types
+from ddpm_deploy.export.graph import constants, producers, tensor_types
 from ddpm_deploy.export.onnx_file import metadata
 from ddpm_deploy.precision import METADATA_KEY, Half, PrecisionRecord, read_precision
 
@@ -245,12 +245,12 @@ class _Choice:
 
     def _last(self, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         """Yields the products that the outputs come from, with one way to each."""
-        by_output = {name: node for node in graph.node for name in node.output}
+        made_by = producers(graph)
         for name in self.outputs:
-            node = by_output.get(name)
+            node = made_by.get(name)
             while node is not None and node.op_type not in PRODUCTS:
                 read = self.activations(node)
-                node = by_output.get(read[0]) if len(read) == 1 else None
+                node = made_by.get(read[0]) if len(read) == 1 else None
             if node is not None:
                 yield node
 
