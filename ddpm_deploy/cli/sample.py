@@ -120,7 +120,8 @@ def command(
                     drawn += 1
                 seconds = progress.seconds
         except (KeyboardInterrupt, OSError) as error:
-            note(f"{count - left()} of {count} images are in {output}; the same command continues")
+            there = count - run.missing()  # one may have been written and not yet counted
+            note(f"{there} of {count} images are in {output}; the same command continues")
             if isinstance(error, OSError):
                 raise
             raise typer.Exit(130) from error
