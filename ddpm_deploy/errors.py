@@ -63,6 +63,14 @@ class ParityError(DDPMDeployError):
     """Two runs cannot be compared."""
 
 
+class TraceError(ParityError):
+    """A trace is missing, damaged, of a later version, or of another model."""
+
+
+class BudgetError(ParityError):
+    """A budget cannot be read."""
+
+
 class RunError(DDPMDeployError):
     """A folder cannot take a run, or holds another one."""
 

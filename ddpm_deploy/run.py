@@ -55,7 +55,7 @@ class Recipe:
     Attributes:
         seed: Of the noise.
         sampler: `ddpm`, `ddim` or `dome272`; the family's own when None.
-        steps: Transitions; all when None.
+        steps: Transitions; all when None. Or the timesteps to visit.
         eta: Share of noise for `ddim`.
         spacing: How `steps` are chosen.
         labels: Class labels, taken in turn: image i gets labels[i mod their number]. None for an
@@ -65,7 +65,7 @@ class Recipe:
 
     seed: int = 0
     sampler: Sampler | None = None
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
     eta: float = 0.0
     spacing: Spacing = "leading"
     labels: tuple[int, ...] | None = None
@@ -497,7 +497,9 @@ class Run:
             "device": engine.name,
             "seed": recipe.seed,
             "sampler": recipe.sampler or engine.spec.sampler,
-            "steps": len(recipe.table(engine.spec)),
+            "steps": recipe.steps
+            if isinstance(recipe.steps, tuple)
+            else len(recipe.table(engine.spec)),
             "eta": recipe.eta,
             "spacing": recipe.spacing,
             "labels": list(self.labels),

@@ -93,12 +93,17 @@ class Step:
         return bool(np.isfinite(self.x).all() and np.isfinite(self.out).all())
 
 
-def timesteps(T: int, steps: int | None = None, *, spacing: Spacing = "leading") -> list[int]:  # noqa: N803
+def timesteps(
+    T: int,  # noqa: N803
+    steps: int | Sequence[int] | None = None,
+    *,
+    spacing: Spacing = "leading",
+) -> list[int]:
     """Chooses the timesteps that a shorter loop visits.
 
     Args:
         T: Length of the training schedule.
-        steps: How many to keep, 1 to T; all when None.
+        steps: How many to keep, 1 to T; all when None. Or the timesteps themselves, in any order.
         spacing: `leading` counts whole strides from 0, `linspace` spreads evenly over 0..T-1 with
             both ends, `trailing` counts down from T-1.
 
@@ -106,11 +111,19 @@ def timesteps(T: int, steps: int | None = None, *, spacing: Spacing = "leading")
         The timesteps in sampling order, noisiest first, each once.
 
     Raises:
-        ValueError: `steps` is outside 1..T, or `spacing` is unknown.
+        ValueError: `steps` is outside 1..T, a timestep is outside 0..T-1 or there twice, or
+            `spacing` is unknown.
 
     References:
         Lin et al. 2023, https://arxiv.org/abs/2305.08891, Table 2.
     """
+    if isinstance(steps, Sequence):
+        chosen = sorted(steps, reverse=True)
+        if not chosen or chosen[0] >= T or chosen[-1] < 0 or len(set(chosen)) < len(chosen):
+            raise ValueError(
+                f"the timesteps are {chosen}; each of 0..{T - 1} may be there once, and one must"
+            )
+        return chosen
     n = T if steps is None else steps
     if not 1 <= n <= T:
         raise ValueError(f"steps is {steps}; this schedule has 1 to {T}")
@@ -128,7 +141,7 @@ def timesteps(T: int, steps: int | None = None, *, spacing: Spacing = "leading")
 
 def ddpm(
     schedule: Schedule,
-    steps: int | None = None,
+    steps: int | Sequence[int] | None = None,
     *,
     prediction: Prediction = "epsilon",
     variance: Variance = "fixed_small",
@@ -139,7 +152,7 @@ def ddpm(
 
     Args:
         schedule: The schedule the network was trained with.
-        steps: Transitions to keep, 1 to T; all T when None.
+        steps: Transitions to keep, 1 to T; all T when None. Or the timesteps to visit.
         prediction: What the network gives: ε, x_0, or v = √ᾱ ε - √(1-ᾱ) x_0.
         variance: σ² is β̃ (`fixed_small`), β (`fixed_large`), the exponential of v (`learned`), or
             lies between the two on a logarithmic scale at (v+1)/2 (`learned_range`).
@@ -179,7 +192,7 @@ def ddpm(
 
 def ddim(
     schedule: Schedule,
-    steps: int | None = None,
+    steps: int | Sequence[int] | None = None,
     *,
     eta: float = 0.0,
     prediction: Prediction = "epsilon",
@@ -192,7 +205,7 @@ def ddim(
 
     Args:
         schedule: The schedule the network was trained with.
-        steps: Transitions to keep, 1 to T; all T when None.
+        steps: Transitions to keep, 1 to T; all T when None. Or the timesteps to visit.
         eta: Share of DDPM's noise, in [0, 1]; 0 is deterministic, 1 is DDPM with β̃.
         prediction: As in `ddpm`.
         clip: As in `ddpm`.

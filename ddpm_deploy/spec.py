@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -127,7 +127,7 @@ class ModelSpec:
     def table(
         self,
         sampler: Sampler | None = None,
-        steps: int | None = None,
+        steps: int | Sequence[int] | None = None,
         *,
         eta: float = 0.0,
         spacing: Spacing = "leading",
@@ -136,7 +136,8 @@ class ModelSpec:
 
         Args:
             sampler: `ddpm`, `ddim` or `dome272`; the family's own when None.
-            steps: Transitions to keep, 1 to T; all when None.
+            steps: Transitions to keep, 1 to T; all when None. Or the timesteps to visit, which for
+                `dome272` is its step between any two: σ² = β between them, without clipping.
             eta: Share of noise for `ddim`, 0 to 1.
             spacing: How `steps` are chosen, see `timesteps`.
 
@@ -167,7 +168,8 @@ class ModelSpec:
                 )
             case "dome272":
                 own = self.schedule.T - 1
-                if steps not in {None, own} or eta or spacing != "leading":
+                chosen = isinstance(steps, Sequence)
+                if not (chosen or steps in {None, own}) or eta or spacing != "leading":
                     raise ValueError(
                         f"the dome272 loop has neither a stride nor eta: {own} steps here; "
                         "--sampler ddim and ddpm have them"
@@ -177,6 +179,8 @@ class ModelSpec:
                         "the dome272 loop takes networks that predict ε alone; this one gives "
                         f"{self.prediction} with {self.variance} variance"
                     )
+                if chosen:
+                    return ddpm(self.schedule, steps, variance="fixed_large", clip=None)
                 return dome272(self.schedule)
             case _:
                 raise ValueError(f"sampler is {sampler!r}; there are {', '.join(SAMPLERS)}")

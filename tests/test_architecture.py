@@ -51,7 +51,8 @@ ARROWS = {
     "engines.base": {"engines"},
     "engines.pytorch": {"engines", "model"},
     "doctor": {"doctor"},
-    "cli": {"cli", "doctor", "engines", "export", "model", "train"},
+    "verify": {"verify", "engines"},  # the door and the abstract class
+    "cli": {"cli", "doctor", "engines", "export", "model", "train", "verify"},
 }
 
 ROOMS_OF = {

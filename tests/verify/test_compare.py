@@ -11,8 +11,11 @@ import pytest
 from ddpm_deploy import Engine, ModelSpec, SeededNoise, denoise, linear, open_engine
 from ddpm_deploy.errors import ParityError
 from ddpm_deploy.run import Recipe
-from ddpm_deploy.verify import Budget, Comparison, Verifier, differing_fields
+from ddpm_deploy.verify import Budget, Comparison, Errors, Verifier
+from ddpm_deploy.verify.compare import differing_fields
 from tests.support import tiny_spec, write_graph
+
+NONE = Errors(max=0.0, l2=0.0, cosine=1.0, psnr=float("inf"))
 
 
 class Faulty(Engine):
@@ -59,21 +62,24 @@ def test_an_engine_is_itself_exactly(engine: Engine) -> None:
     result = compare(engine, engine)
     assert len(result.steps) == 20
     for step in result.steps:
-        errors = step.local_out, step.local_x0, step.local_x, step.out, step.x0, step.x
-        assert errors == (0, 0, 0, 0, 0, 0)
+        for side in (step.local, step.accumulated):
+            assert side.out == side.x0 == side.x == NONE
     assert [step.t for step in result.steps] == list(range(19, -1, -1))
     assert result.failures == []
-    assert (result.equal_pixels, result.largest_pixel) == (1.0, 0)
-    assert result.psnr == (float("inf"), float("inf"))
-    assert result.to_dict()["psnr"] == [None, None]
+    assert result.amplification is None
+    assert result.pictures is not None
+    assert (result.pictures.equal, result.pictures.largest) == (1.0, 0)
+    assert result.pictures.psnr == (float("inf"), float("inf"))
+    assert result.pictures.ssim == (1.0, 1.0)
+    assert result.to_dict()["pictures"]["psnr"] == [None, None]
 
 
 def test_the_first_step_s_two_errors_are_one(tmp_path: Path, engine: Engine) -> None:
     # Both start from the same x_T, so nothing can have accumulated yet.
     other = open_engine(write_graph(tmp_path / "other.onnx", tiny_spec(), bias=1e-3))
     first, second, *_ = compare(engine, other).steps
-    assert (first.local_out, first.local_x0, first.local_x) == (first.out, first.x0, first.x)
-    assert second.local_x != second.x
+    assert first.local == first.accumulated
+    assert second.local.x != second.accumulated.x
 
 
 def test_errors_are_what_they_say(tmp_path: Path, engine: Engine) -> None:
@@ -85,31 +91,35 @@ def test_errors_are_what_they_say(tmp_path: Path, engine: Engine) -> None:
     steps = compare(engine, other).steps
     for step, w, g in zip(steps, wanted, given, strict=True):
         # A bias moves every output alike; 1e-3 is exact to a float32 ulp of the output.
-        assert step.local_out * np.abs(w.out).max() == pytest.approx(bias, abs=2e-7)
-        assert step.out == np.abs(g.out - w.out).max() / np.abs(w.out).max()
-        assert step.x0 == np.abs(g.x0 - w.x0).max() / np.abs(w.x0).max()
-        assert step.x == np.abs(g.x - w.x).max() / np.abs(w.x).max()
+        assert step.local.out.max * np.abs(w.out).max() == pytest.approx(bias, abs=2e-7)
+        free = step.accumulated
+        assert free.out.max == np.abs(g.out - w.out).max() / np.abs(w.out).max()
+        assert free.x0.max == np.abs(g.x0 - w.x0).max() / np.abs(w.x0).max()
+        assert free.x.max == np.abs(g.x - w.x).max() / np.abs(w.x).max()
 
 
 def test_other_weights_are_outside_the_budget(tmp_path: Path, engine: Engine) -> None:
     other = open_engine(write_graph(tmp_path / "other.onnx", tiny_spec(), bias=0.05))
     result = compare(engine, other)
     worst = result.worst_local
-    assert worst.local_out > 0.03
+    assert worst.local.out.max > 0.03
     assert result.failures[0] == (
-        f"local error {worst.local_out:.1e} at t = {worst.t}; the budget is 2e-05"
+        f"local error of the output: max {worst.local.out.max:.2g} at t = {worst.t}; budget 2e-05"
     )
-    assert result.failures[1].startswith(f"accumulated error {result.worst_accumulated.x:.1e}")
-    assert "of pixels are within one level; the budget is 99.90%" in result.failures[2]
-    assert all(np.isfinite(result.psnr))
+    assert result.failures[1].startswith(
+        f"accumulated error of x: max {result.worst_accumulated.accumulated.x.max:.2g}"
+    )
+    assert "of pixels are within one level; budget 99.90%" in result.failures[2]
+    assert result.pictures is not None
+    assert all(np.isfinite(result.pictures.psnr))
 
 
 def test_a_timestep_off_by_one_is_outside_the_budget(engine: Engine) -> None:
     result = compare(engine, Faulty(engine, later=1))
     assert result.failures[0].startswith("local error ")
-    assert result.steps[0].local_out == 0  # T-1 has nothing after it, so the fault begins below
+    assert result.steps[0].local.out.max == 0  # T-1 has nothing after it, so the fault begins below
     # One timestep of write_graph's network is 1e-3 of an output whose peak is about 0.9.
-    assert result.steps[5].local_out == pytest.approx(1.1e-3, rel=0.15)
+    assert result.steps[5].local.out.max == pytest.approx(1.1e-3, rel=0.15)
 
 
 def test_a_swapped_label_is_outside_the_budget(labelled: Engine) -> None:
@@ -123,13 +133,14 @@ def test_a_swapped_label_is_outside_the_budget(labelled: Engine) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_first_step_that_is_not_finite_is_named(engine: Engine, bad: float) -> None:
     result = compare(engine, Faulty(engine, bad=bad, from_t=6))
-    assert result.not_finite == 6
+    assert result.not_finite is not None
+    assert (result.not_finite.t, result.not_finite.k, result.not_finite.where) == (6, 14, "local")
     assert [step.t for step in result.steps] == list(range(19, 6, -1))
-    assert result.failures == ["numbers are not finite from t = 6 on"]
+    assert result.failures == ["numbers are not finite from t = 6 (step 14) on"]
     at_once = compare(engine, Faulty(engine, bad=bad, from_t=19))
     assert at_once.steps == ()
-    assert at_once.psnr == ()
-    assert at_once.failures == ["numbers are not finite from t = 19 on"]
+    assert at_once.pictures is None
+    assert at_once.failures == ["numbers are not finite from t = 19 (step 1) on"]
 
 
 def test_a_reference_that_is_not_finite_is_no_reference(engine: Engine) -> None:
@@ -142,8 +153,9 @@ def test_a_reference_that_is_not_finite_is_no_reference(engine: Engine) -> None:
 
 def test_a_small_fault_stays_inside_a_larger_budget(engine: Engine) -> None:
     other = Faulty(engine, scale=1 + 1e-4)
-    assert compare(engine, other).failures[0].startswith("local error 1.0e-04")
-    assert compare(engine, other, budget=Budget(local=2e-4, accumulated=1e-2)).failures == []
+    assert compare(engine, other).failures[0].startswith("local error of the output: max 0.0001")
+    larger = Budget().changed(local=2e-4, accumulated=1e-2)
+    assert compare(engine, other, budget=larger).failures == []
 
 
 def test_samples_of_another_shape_cannot_be_compared(tmp_path: Path, engine: Engine) -> None:
@@ -169,12 +181,13 @@ def test_samples_of_another_shape_cannot_be_compared(tmp_path: Path, engine: Eng
     ],
 )
 def test_specs_that_differ_are_named_with_both_values(changes: dict[str, Any], line: str) -> None:
-    assert differing_fields(tiny_spec(), replace(tiny_spec(), **changes)) == [line]
+    name, _, values = line.partition(": ")
+    assert differing_fields(tiny_spec(), replace(tiny_spec(), **changes)) == {name: values}
 
 
 def test_origin_and_version_may_differ() -> None:
     other = replace(tiny_spec(), checkpoint_sha256="0" * 64, tool_version="9", sampler="ddim")
-    assert differing_fields(tiny_spec(), other) == []
+    assert differing_fields(tiny_spec(), other) == {}
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 6), (2, 5, 5), (2, 3, 4, 4)])
@@ -188,4 +201,5 @@ def test_samples_of_any_rank_are_compared(tmp_path: Path, shape: tuple[int, ...]
             return np.asarray(feeds["x"] / 2)
 
     result = compare(Halving(), Halving())
-    assert (len(result.psnr), result.equal_pixels, result.failures) == (2, 1.0, [])
+    assert result.pictures is not None
+    assert (len(result.pictures.psnr), result.pictures.equal, result.failures) == (2, 1.0, [])

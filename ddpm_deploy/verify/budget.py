@@ -1,0 +1,261 @@
+"""What a deployed loop may differ by: limits per quantity and range of timesteps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ddpm_deploy.errors import BudgetError
+from ddpm_deploy.parity import BUDGETS, TOLERANCE
+from ddpm_deploy.verify.measures import LARGER_IS_BETTER, Measure
+
+if TYPE_CHECKING:
+    from ddpm_deploy.verify.compare import StepErrors
+
+ErrorKind = Literal["local", "accumulated"]
+Quantity = Literal["out", "x0", "x"]
+Arithmetic = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+
+ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
+
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+
+UNIT_ROUNDOFF: Mapping[Arithmetic, float] = {
+    "fp32": 2.0**-24,
+    "tf32": 2.0**-11,
+    "fp16": 2.0**-11,
+    "bf16": 2.0**-8,
+    "int8": 1 / 254,
+}
+"""Largest relative error of rounding one number; for int8 half a step of 127 in its range."""
+
+FORMAT = 1
+"""Version of a budget file. A reader refuses a later one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What one measure of one error may be, over a range of timesteps.
+
+    Attributes:
+        error: `local` or `accumulated`.
+        quantity: `out` of the network, `x0`, or `x`, the result of the step.
+        measure: `max`, `l2`, `cosine` or `psnr`, see `Errors`.
+        bound: The largest value allowed; the least for `cosine` and `psnr`.
+        first: Least timestep that it holds for.
+        last: Largest timestep that it holds for; None for all above.
+    """
+
+    error: ErrorKind
+    quantity: Quantity
+    measure: Measure = "max"
+    bound: float
+    first: int = 0
+    last: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Which number it bounds: `local/out/max`, with its range of t where it has one."""
+        name = f"{self.error}/{self.quantity}/{self.measure}"
+        if self.first or self.last is not None:
+            name += f"/t={self.first}..{'' if self.last is None else self.last}"
+        return name
+
+    def value(self, step: StepErrors) -> float:
+        """Returns the number that it bounds, of one step."""
+        return float(getattr(getattr(getattr(step, self.error), self.quantity), self.measure))
+
+    def worst(self, steps: Sequence[StepErrors]) -> StepErrors | None:
+        """Returns the step in its range that is worst; None where there is none."""
+        last = math.inf if self.last is None else self.last
+        held = [step for step in steps if self.first <= step.t <= last]
+        pick = min if self.measure in LARGER_IS_BETTER else max
+        return pick(held, key=self.value, default=None)
+
+    def allows(self, value: float) -> bool:
+        """Tells whether a value is inside; what is not a number is not."""
+        return value >= self.bound if self.measure in LARGER_IS_BETTER else value <= self.bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What an engine may differ by.
+
+    Attributes:
+        limits: Of the steps.
+        pixels: Least share of final 8-bit values that differ by at most one level.
+        psnr: Least PSNR of a final picture, in decibels; None where that is left open.
+        ssim: Least structural similarity of a final picture; None where that is left open.
+    """
+
+    limits: tuple[Limit, ...] = field(
+        default_factory=lambda: (
+            Limit(error="local", quantity="out", bound=TOLERANCE),
+            Limit(error="accumulated", quantity="x", bound=1e-3),
+        )
+    )
+    pixels: float = 0.999
+    psnr: float | None = None
+    ssim: float | None = None
+
+    @classmethod
+    def of(cls, arithmetic: Arithmetic) -> Budget:
+        """Returns what an engine may differ by that computes in an arithmetic.
+
+        docs/parity.md derives the figures from the unit roundoff and what loops make of it.
+        """
+        local, accumulated, pixels = {
+            "fp32": (TOLERANCE, 1e-3, 0.999),
+            "tf32": (BUDGETS["fp16"], 1e-2, 0.99),
+            "fp16": (BUDGETS["fp16"], 1e-2, 0.99),
+            "bf16": (BUDGETS["bf16"], 5e-2, 0.95),
+            "int8": (1e-1, 1e-1, 0.75),
+        }[arithmetic]
+        return cls(
+            limits=(
+                Limit(error="local", quantity="out", bound=local),
+                Limit(error="accumulated", quantity="x", bound=accumulated),
+            ),
+            pixels=pixels,
+        )
+
+    def changed(
+        self,
+        *,
+        local: float | None = None,
+        accumulated: float | None = None,
+        pixels: float | None = None,
+    ) -> Budget:
+        """Returns a copy with other bounds for the output's local and x's accumulated maximum."""
+        given = {("local", "out"): local, ("accumulated", "x"): accumulated}
+        bounds = {key: bound for key, bound in given.items() if bound is not None}
+        kept = [
+            limit
+            for limit in self.limits
+            if limit.measure != "max" or (limit.error, limit.quantity) not in bounds
+        ]
+        new = [Limit(error=e, quantity=q, bound=bound) for (e, q), bound in bounds.items()]  # type: ignore[arg-type]
+        return Budget(
+            limits=(*new, *kept),
+            pixels=self.pixels if pixels is None else pixels,
+            psnr=self.psnr,
+            ssim=self.ssim,
+        )
+
+    def bound(self, error: ErrorKind, quantity: Quantity) -> float | None:
+        """Returns the largest maximum allowed at any timestep; None where there is no limit."""
+        bounds = [
+            limit.bound
+            for limit in self.limits
+            if (limit.error, limit.quantity, limit.measure) == (error, quantity, "max")
+        ]
+        return max(bounds, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what a budget file says, in JSON's types."""
+        limits = []
+        for limit in self.limits:
+            entry = {"error": limit.error, "quantity": limit.quantity, "measure": limit.measure}
+            key = "at_least" if limit.measure in LARGER_IS_BETTER else "at_most"
+            ends = {"from": limit.first, "to": limit.last}
+            limits.append({**entry, key: limit.bound, **{k: v for k, v in ends.items() if v}})
+        pictures = {"pixels": self.pixels, "psnr": self.psnr, "ssim": self.ssim}
+        kept = {name: value for name, value in pictures.items() if value is not None}
+        return {"format": FORMAT, **kept, "limit": limits}
+
+    def to_toml(self, *, comment: str = "") -> str:
+        """Returns the text of a budget file, which `read_budget` reads."""
+        said = self.to_dict()
+        limits = said.pop("limit")
+        lines = [f"# {line}".rstrip() for line in comment.splitlines()]
+        lines += [f"{name} = {value!r}" for name, value in said.items()]
+        for limit in limits:
+            lines += ["", "[[limit]]"]
+            lines += [
+                f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value!r}"
+                for name, value in limit.items()
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def read_budget(path: Path) -> Budget:
+    """Reads a budget from a TOML file.
+
+    Raises:
+        BudgetError: The file is missing, is no TOML, or says what no budget says.
+    """
+    try:
+        import tomllib  # noqa: PLC0415  (Python 3.10 has it not)
+    except ImportError:
+        import tomli as tomllib  # type: ignore[no-redef, import-not-found, unused-ignore]  # noqa: PLC0415
+
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _budget(data)
+    except FileNotFoundError as error:
+        raise BudgetError(
+            f"There is no budget {path}.",
+            hint=f"Name one of {', '.join(ARITHMETICS)}, or write one: ddpm-deploy budget ckpt.pt",
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BudgetError(
+            f"{path} is no budget: {error}.",
+            hint="docs/parity.md shows one; ddpm-deploy budget writes one.",
+        ) from error
+
+
+def _budget(data: Mapping[str, Any]) -> Budget:
+    rest = dict(data)
+    if rest.pop("format", FORMAT) != FORMAT:
+        raise ValueError(f"its format is {data['format']!r}; this release reads {FORMAT}")
+    limits = tuple(_limit(entry) for entry in rest.pop("limit", []))
+    if unknown := sorted(rest.keys() - {"pixels", "psnr", "ssim"}):
+        raise ValueError(f"it has {', '.join(unknown)}; there are pixels, psnr, ssim and [[limit]]")
+    for name, value in rest.items():
+        _check_number(name, value)
+    return Budget(limits=limits, **{"pixels": 0.0, **rest})
+
+
+def _limit(entry: Mapping[str, Any]) -> Limit:
+    given = dict(entry)
+    limit = Limit(
+        error=_one_of(given.pop("error", None), "error", get_args(ErrorKind)),
+        quantity=_one_of(given.pop("quantity", None), "quantity", QUANTITIES),
+        measure=_one_of(given.pop("measure", "max"), "measure", get_args(Measure)),
+        bound=math.nan,
+    )
+    key = "at_least" if limit.measure in LARGER_IS_BETTER else "at_most"
+    if key not in given:
+        raise ValueError(f"a limit of {limit.measure} says {key} = a number")
+    bound = _check_number(key, given.pop(key))
+    first, last = given.pop("from", 0), given.pop("to", None)
+    for name, value in (("from", first), ("to", last)):
+        if value is not None and (not isinstance(value, int) or value < 0):
+            raise ValueError(f"{name} is {value!r}; it is a timestep")
+    if last is not None and last < first:
+        raise ValueError(f"a limit goes from {first} to {last}")
+    if given:
+        raise ValueError(f"a limit has {', '.join(sorted(given))}")
+    return Limit(
+        error=limit.error,
+        quantity=limit.quantity,
+        measure=limit.measure,
+        bound=bound,
+        first=first,
+        last=last,
+    )
+
+
+def _one_of(value: Any, what: str, allowed: Sequence[str]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{what} is {value!r}; there are {', '.join(allowed)}")
+    return value
+
+
+def _check_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it is a number")
+    return float(value)

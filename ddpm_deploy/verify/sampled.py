@@ -1,0 +1,75 @@
+"""Some of the timesteps instead of all, and what that leaves unseen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """How much of a schedule was looked at.
+
+    Attributes:
+        seen: Timesteps compared.
+        of: Timesteps of the schedule.
+        drawn: Whether they were drawn by `stratified`, rather than those that the sampler visits.
+    """
+
+    seen: int
+    of: int
+    drawn: bool = False
+
+    @property
+    def share(self) -> float | None:
+        """The smallest share of timesteps that a fault must touch to be met with 95 % confidence.
+
+        K independent draws miss a share p with probability (1-p)^K, and a draw in each of K equal
+        parts misses no oftener, since a product of K factors is largest where they are equal. None
+        where the timesteps were not drawn.
+        """
+        if not self.drawn or self.seen >= self.of:
+            return None
+        draws = self.seen - 1  # T-1 is no draw
+        return float(1 - (1 - CONFIDENCE) ** (1 / draws)) if draws else 1.0
+
+    @property
+    def says(self) -> str:
+        """What was looked at, in words."""
+        if self.seen >= self.of:
+            return f"all {self.of} timesteps"
+        if self.share is None:
+            return f"{self.seen} of {self.of} timesteps, those that the loop visits"
+        return (
+            f"{self.seen} of {self.of} timesteps; a fault at {self.share:.1%} of them or more is "
+            f"met with {CONFIDENCE:.0%} confidence"
+        )
+
+
+def stratified(T: int, count: int, *, seed: int) -> tuple[int, ...]:  # noqa: N803
+    """Draws timesteps: T-1, where a loop starts, and one at random from each of equal parts.
+
+    Args:
+        T: Length of the schedule.
+        count: How many; all from T on.
+        seed: Of the choice, 0 to 2⁶⁴-1.
+
+    Returns:
+        The timesteps, the noisiest first.
+
+    Raises:
+        ValueError: `count` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"the number of timesteps is {count}; it must be at least 1")
+    if count >= T:
+        return tuple(range(T - 1, -1, -1))
+    parts = count - 1
+    edges = [i * (T - 1) // max(parts, 1) for i in range(parts + 1)]
+    draw = np.random.Generator(np.random.Philox(key=seed))
+    chosen = [int(draw.integers(low, high)) for low, high in pairwise(edges)]
+    return (T - 1, *reversed(chosen))
