@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -31,6 +31,9 @@ UNIT_ROUNDOFF: Mapping[Arithmetic, float] = {
     "int8": 1 / 254,
 }
 """Largest relative error of rounding one number; for int8 half a step of 127 in its range."""
+
+PICTURES = ("pixels", "equal", "bias", "psnr", "ssim")
+"""What a budget says of the last pictures."""
 
 FORMAT = 1
 """Version of a budget file. A reader refuses a later one."""
@@ -87,6 +90,8 @@ class Budget:
     Attributes:
         limits: Of the steps.
         pixels: Least share of final 8-bit values that differ by at most one level.
+        equal: Least share that are equal.
+        bias: Largest mean difference of a value, in levels, either way.
         psnr: Least PSNR of a final picture, in decibels; None where that is left open.
         ssim: Least structural similarity of a final picture; None where that is left open.
     """
@@ -94,10 +99,13 @@ class Budget:
     limits: tuple[Limit, ...] = field(
         default_factory=lambda: (
             Limit(error="local", quantity="out", bound=TOLERANCE),
+            Limit(error="local", quantity="x", bound=TOLERANCE),
             Limit(error="accumulated", quantity="x", bound=1e-3),
         )
     )
     pixels: float = 0.999
+    equal: float = 0.99
+    bias: float = 0.1
     psnr: float | None = None
     ssim: float | None = None
 
@@ -107,19 +115,22 @@ class Budget:
 
         docs/parity.md derives the figures from the unit roundoff and what loops make of it.
         """
-        local, accumulated, pixels = {
-            "fp32": (TOLERANCE, 1e-3, 0.999),
-            "tf32": (BUDGETS["fp16"], 1e-2, 0.99),
-            "fp16": (BUDGETS["fp16"], 1e-2, 0.99),
-            "bf16": (BUDGETS["bf16"], 5e-2, 0.95),
-            "int8": (1e-1, 1e-1, 0.75),
+        local, accumulated, pixels, equal, bias = {
+            "fp32": (TOLERANCE, 1e-3, 0.999, 0.99, 0.1),
+            "tf32": (BUDGETS["fp16"], 1e-2, 0.99, 0.0, 0.1),
+            "fp16": (BUDGETS["fp16"], 1e-2, 0.99, 0.0, 0.1),
+            "bf16": (BUDGETS["bf16"], 5e-2, 0.95, 0.0, 0.25),
+            "int8": (1e-1, 1e-1, 0.75, 0.0, 1.0),
         }[arithmetic]
         return cls(
             limits=(
                 Limit(error="local", quantity="out", bound=local),
+                Limit(error="local", quantity="x", bound=local),
                 Limit(error="accumulated", quantity="x", bound=accumulated),
             ),
             pixels=pixels,
+            equal=equal,
+            bias=bias,
         )
 
     def changed(
@@ -129,8 +140,18 @@ class Budget:
         accumulated: float | None = None,
         pixels: float | None = None,
     ) -> Budget:
-        """Returns a copy with other bounds for the output's local and x's accumulated maximum."""
-        given = {("local", "out"): local, ("accumulated", "x"): accumulated}
+        """Returns a copy with other bounds for local errors, accumulated ones, and pixels.
+
+        Args:
+            local: Largest local error of the output and of x.
+            accumulated: Largest accumulated error of x.
+            pixels: Least share within one level.
+        """
+        given = {
+            ("local", "out"): local,
+            ("local", "x"): local,
+            ("accumulated", "x"): accumulated,
+        }
         bounds = {key: bound for key, bound in given.items() if bound is not None}
         kept = [
             limit
@@ -138,12 +159,8 @@ class Budget:
             if limit.measure != "max" or (limit.error, limit.quantity) not in bounds
         ]
         new = [Limit(error=e, quantity=q, bound=bound) for (e, q), bound in bounds.items()]  # type: ignore[arg-type]
-        return Budget(
-            limits=(*new, *kept),
-            pixels=self.pixels if pixels is None else pixels,
-            psnr=self.psnr,
-            ssim=self.ssim,
-        )
+        pixels = self.pixels if pixels is None else pixels
+        return replace(self, limits=(*new, *kept), pixels=pixels)
 
     def bound(self, error: ErrorKind, quantity: Quantity) -> float | None:
         """Returns the largest maximum allowed at any timestep; None where there is no limit."""
@@ -162,7 +179,7 @@ class Budget:
             key = "at_least" if limit.measure in LARGER_IS_BETTER else "at_most"
             ends = {"from": limit.first, "to": limit.last}
             limits.append({**entry, key: limit.bound, **{k: v for k, v in ends.items() if v}})
-        pictures = {"pixels": self.pixels, "psnr": self.psnr, "ssim": self.ssim}
+        pictures = {name: getattr(self, name) for name in PICTURES}
         kept = {name: value for name, value in pictures.items() if value is not None}
         return {"format": FORMAT, **kept, "limit": limits}
 
@@ -212,11 +229,12 @@ def _budget(data: Mapping[str, Any]) -> Budget:
     if rest.pop("format", FORMAT) != FORMAT:
         raise ValueError(f"its format is {data['format']!r}; this release reads {FORMAT}")
     limits = tuple(_limit(entry) for entry in rest.pop("limit", []))
-    if unknown := sorted(rest.keys() - {"pixels", "psnr", "ssim"}):
-        raise ValueError(f"it has {', '.join(unknown)}; there are pixels, psnr, ssim and [[limit]]")
+    if unknown := sorted(rest.keys() - set(PICTURES)):
+        known = ", ".join(PICTURES)
+        raise ValueError(f"it has {', '.join(unknown)}; there are {known} and [[limit]]")
     for name, value in rest.items():
         _check_number(name, value)
-    return Budget(limits=limits, **{"pixels": 0.0, **rest})
+    return Budget(limits=limits, **{"pixels": 0.0, "equal": 0.0, "bias": 255.0, **rest})
 
 
 def _limit(entry: Mapping[str, Any]) -> Limit:

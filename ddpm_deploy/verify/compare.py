@@ -247,6 +247,12 @@ class Comparison:
             else f"numbers are not finite from t = {bad.t} (step {bad.k}) on",
             t=None if bad is None else bad.t,
         )
+        half = half_state(self.kept)
+        yield Check(
+            name="state",
+            passed=half is None,
+            says="x is float32 in the loop" if half is None else f"x is {half} in the loop",
+        )
         for limit in self.budget.limits:
             worst = limit.worst(self.steps)
             if worst is None:
@@ -273,6 +279,24 @@ class Comparison:
             value=self.pictures.close,
             bound=self.budget.pixels,
         )
+        if self.budget.equal:
+            yield Check(
+                name="equal",
+                passed=self.pictures.equal >= self.budget.equal,
+                says=f"{self.pictures.equal:.2%} of pixels are equal; "
+                f"budget {self.budget.equal:.2%}",
+                value=self.pictures.equal,
+                bound=self.budget.equal,
+            )
+        bias = self.pictures.bias
+        yield Check(
+            name="bias",
+            passed=abs(bias) <= self.budget.bias,
+            says=f"pixels are {abs(bias):.2g} levels too {'dark' if bias < 0 else 'bright'} in "
+            f"the mean; budget {self.budget.bias:.2g}",
+            value=bias,
+            bound=self.budget.bias,
+        )
         for name, bound in (("psnr", self.budget.psnr), ("ssim", self.budget.ssim)):
             values = getattr(self.pictures, name)
             if bound is not None and values:
@@ -288,6 +312,24 @@ class Comparison:
 
 
 _SAID = {"out": "the output", "x0": "x_0", "x": "x"}
+
+
+def half_state(pairs: Sequence[Pair]) -> str | None:
+    """Returns `fp16` or `bf16` where the deployed x are all numbers of it, the reference's not."""
+    for name, is_half in (("fp16", _is_fp16), ("bf16", _is_bf16)):
+        given = bool(pairs) and all(is_half(pair.given.x) for pair in pairs)
+        if given and not any(is_half(pair.wanted.x) for pair in pairs):
+            return name
+    return None
+
+
+def _is_fp16(x: Samples) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(x.astype(np.float16).astype(np.float32), x))
+
+
+def _is_bf16(x: Samples) -> bool:
+    return not bool(np.any(np.ascontiguousarray(x).view(np.uint32) & 0xFFFF))
 
 
 def differing_fields(reference: ModelSpec, engine: ModelSpec) -> dict[str, str]:
@@ -345,11 +387,9 @@ class Verifier:
             recipe = _with_sampler(recipe, engine.spec)
         self.recipe, self.images = recipe, images
         self.budget = budget or Budget()
-        noise = shared_noise(recipe, images, engine.spec)
-        self._reference, self._engine = (
-            engine_loop(side, recipe, images, noise=noise) if isinstance(side, Engine) else side
-            for side in (reference, engine)
-        )
+        self.reference, self.engine = reference, engine
+        self.noise = shared_noise(recipe, images, engine.spec)
+        self.loops = self._reference, self._engine = (self._loop(reference), self._loop(engine))
         self.table = self._reference.table
         self._lengths = len(self._reference.table), len(self._engine.table)
         self._compared = self._which()
@@ -360,6 +400,11 @@ class Verifier:
         self._worst: Pair | None = None
         self._not_finite: NotFinite | None = None
         self._last: tuple[Samples, Samples] | None = None
+
+    def _loop(self, side: Side) -> Loop | Trace:
+        if isinstance(side, Engine):
+            return engine_loop(side, self.recipe, self.images, noise=self.noise)
+        return side
 
     def __len__(self) -> int:
         return len(self._compared)

@@ -67,6 +67,7 @@ class PictureErrors:
         equal: Share of values that are equal.
         close: Share of values that differ by at most one level.
         largest: Largest difference of a value.
+        bias: Mean of given - wanted, in levels: what makes pictures darker or brighter.
     """
 
     psnr: tuple[float, ...]
@@ -74,11 +75,13 @@ class PictureErrors:
     equal: float
     close: float
     largest: int
+    bias: float
 
     @classmethod
     def between(cls, given: Pixels, wanted: Pixels) -> PictureErrors:
         """Measures pictures against those wanted, both uint8 (N, H, W, C)."""
-        difference = np.abs(given.astype(np.int64) - wanted)
+        signed = given.astype(np.int64) - wanted
+        difference = np.abs(signed)
         flat = given.shape[1] == 1
         return cls(
             psnr=tuple(_psnr(image) for image in difference),
@@ -86,6 +89,7 @@ class PictureErrors:
             equal=float(np.mean(difference == 0)),
             close=float(np.mean(difference <= 1)),
             largest=int(difference.max()),
+            bias=float(signed.mean()),
         )
 
 

@@ -16,8 +16,10 @@ from ddpm_deploy.run import Recipe
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.verify.budget import Budget
 from ddpm_deploy.verify.cause import Cause
+from ddpm_deploy.verify.causes import find_causes
 from ddpm_deploy.verify.compare import Comparison, Side, StepErrors, Verifier, plain
 from ddpm_deploy.verify.sampled import Sampled
+from ddpm_deploy.verify.suspects.evidence import Evidence
 from ddpm_deploy.verify.trace import Trace
 
 
@@ -117,7 +119,7 @@ def verify(
     T = engine.spec.schedule.T  # noqa: N806
     return Verification(
         comparison=result,
-        causes=(),
+        causes=() if result.passed else find_causes(evidence(verifier), verifier.pixels()),
         spec=engine.spec,
         recipe=verifier.recipe,
         images=tuple(verifier.images),
@@ -128,6 +130,19 @@ def verify(
         seconds=perf_counter() - start,
         command=tuple(command),
         pixels=verifier.pixels(),
+    )
+
+
+def evidence(verifier: Verifier) -> Evidence:
+    """Returns what is known after a comparison, to look for causes in."""
+    return Evidence(
+        comparison=verifier.result,
+        reference=verifier.reference,
+        engine=verifier.engine,
+        loops=verifier.loops,
+        recipe=verifier.recipe,
+        images=verifier.images,
+        noise=verifier.noise,
     )
 
 

@@ -1,0 +1,388 @@
+"""Faults in what the network is fed, or in how its output is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import permutations
+
+import numpy as np
+
+from ddpm_deploy.arrays import Array, Samples
+from ddpm_deploy.engines.base import Engine
+from ddpm_deploy.errors import DDPMDeployError
+from ddpm_deploy.parity import relative_error
+from ddpm_deploy.run import default_labels
+from ddpm_deploy.sampling import Predictor, guided
+from ddpm_deploy.verify.cause import Cause
+from ddpm_deploy.verify.compare import Pair
+from ddpm_deploy.verify.suspects.evidence import Change, Evidence, Experiment
+
+CLASSES = 20
+"""Classes that a swapped label is looked for among."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """A fault that can be planted on a network.
+
+    Attributes:
+        name: As in `Cause`.
+        says: What it is, a sentence.
+        mend: What to do.
+        x: What it does to the input.
+        t: What it does to the timestep.
+        out: What it does to the output.
+    """
+
+    name: str
+    says: str
+    mend: str
+    x: Change | None = None
+    t: Callable[[int], int] | None = None
+    out: Change | None = None
+
+
+def input_causes(evidence: Evidence) -> Iterator[Cause]:
+    """Yields what explains that the network's output differs."""
+    experiment = evidence.experiment
+    if experiment is None or not evidence.network_is_off:
+        return
+    found: list[tuple[float, Cause]] = []
+    for suspect in (*_timesteps(experiment), *_changes(experiment)):
+        left = experiment.error(x=suspect.x, t=suspect.t, out=suspect.out)
+        if experiment.explains(left):
+            found.append((left, _cause(experiment, suspect, left)))
+    if not found:
+        found += [(0.0, cause) for cause in _of_labels(evidence, experiment)]
+    if not found:
+        found += [(0.0, cause) for cause in _of_output(evidence)]
+    for _, cause in sorted(found, key=lambda pair: pair[0])[:1]:
+        yield cause
+
+
+def _cause(experiment: Experiment, suspect: Suspect, left: float) -> Cause:
+    base = experiment.base()
+    asked = "the deployed network, with that undone," if experiment.inverse else "the reference"
+    rest = "gives the reference's output" if experiment.inverse else "so fed gives that output"
+    return Cause(
+        name=suspect.name,
+        place="input",
+        says=suspect.says,
+        evidence=(
+            f"the output is off by {base:.1e} of its peak; {asked} {rest}, but for {left:.1e}",
+        ),
+        mend=suspect.mend,
+        certain=True,
+    )
+
+
+def _timesteps(experiment: Experiment) -> Iterator[Suspect]:
+    T = experiment.spec.schedule.T  # noqa: N806
+    sign = -1 if experiment.inverse else 1
+    mend = "Feed t from 0 (least noise) to T-1, int64, as the table has it."
+    for shift in (1, -1, 2, -2):
+        yield Suspect(
+            name="timestep-off-by-one" if abs(shift) == 1 else "timestep-shifted",
+            says=f"The deployed network is fed t{shift:+d} in place of t.",
+            mend=mend,
+            t=lambda t, by=sign * shift: t + by,  # type: ignore[misc]
+        )
+    yield Suspect(
+        name="timestep-reversed",
+        says="The deployed network is fed T-1-t in place of t.",
+        mend=mend,
+        t=lambda t: T - 1 - t,
+    )
+    if experiment.inverse:
+        return  # what rounds or rescales t cannot be undone
+    for scale in {1000 / T, T / 1000} - {1.0}:
+        yield Suspect(
+            name="timestep-rescaled",
+            says=f"The deployed network is fed {scale:g}·t in place of t.",
+            mend="Rescale t once: the graph does it itself where its family needs it.",
+            t=lambda t, by=scale: round(t * by),  # type: ignore[misc]
+        )
+    yield Suspect(
+        name="half-precision-timestep",
+        says="The deployed network is fed t rounded to bf16, which has whole numbers to 256 alone.",
+        mend="Keep t an int64, or float32, up to the embedding.",
+        t=_bf16,
+    )
+    for constant in sorted(
+        {0, 1, T // 2, T - 1, *(experiment.timestep(p) for p in experiment.pairs)}
+    ):
+        yield Suspect(
+            name="timestep-constant",
+            says=f"The deployed network does not follow t: it is fed t = {constant} at every step.",
+            mend="Export the network with t as an input; a Python number is traced as a constant.",
+            t=lambda _, at=constant: at,  # type: ignore[misc]
+        )
+
+
+def _bf16(t: int) -> int:
+    bits = np.array(t, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(
+        0xFFFF0000
+    )
+    return int(rounded.view(np.float32))
+
+
+def _changes(experiment: Experiment) -> Iterator[Suspect]:
+    shape = experiment.spec.sample_shape
+    low, high = experiment.spec.value_range
+    yield from _orders(shape)
+    if len(shape) == 3 and shape[1] == shape[2]:
+        yield from _pictured(
+            "transposed-image", "with height and width exchanged", lambda x: x.swapaxes(-1, -2)
+        )
+    if len(shape) == 3:
+        yield from _pictured("flipped-image", "upside down", lambda x: x[..., ::-1, :])
+        yield from _pictured("flipped-image", "mirrored", lambda x: x[..., ::-1])
+        yield Suspect(
+            name="memory-layout",
+            says="The deployed network reads x as (N, H, W, C), or is fed it so.",
+            mend="Feed x as (N, C, H, W), contiguous.",
+            x=lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape),
+        )
+    forward, back = (lambda x: (x - low) / (high - low), lambda x: x * (high - low) + low)
+    ranges = {
+        f"[0, 1] in place of [{low:g}, {high:g}]": back if experiment.inverse else forward,
+        f"[{low:g}, {high:g}], scaled to that a second time": forward
+        if experiment.inverse
+        else back,
+        "[0, 255] divided by 127.5 once more": (lambda x: x * 127.5)
+        if experiment.inverse
+        else (lambda x: x / 127.5),
+    }
+    for words, change in ranges.items():
+        yield Suspect(
+            name="wrong-value-range",
+            says=f"The deployed network is fed x in {words}.",
+            mend=f"Feed x_t itself: data were in [{low:g}, {high:g}] in training.",
+            x=change,
+        )
+
+
+def _orders(shape: tuple[int, ...]) -> Iterator[Suspect]:
+    channels = shape[0]
+    if not 2 <= channels <= 4:
+        return
+    for order in permutations(range(channels)):
+        if order == tuple(range(channels)):
+            continue
+        # The inverse of an order is another one of the list.
+        there = list(order)
+        back = list(np.argsort(order))
+        words = ", ".join(map(str, order))
+
+        def put(x: Samples, order: list[int] = there) -> Samples:
+            return x[:, order]
+
+        def undo(x: Samples, order: list[int] = back) -> Samples:
+            return x[:, order]
+
+        mend = "Keep the channels as in training: RGB, or as the data came."
+        yield Suspect(
+            name="channel-order",
+            says=f"The deployed network has its channels in the order {words}, in and out.",
+            mend=mend,
+            x=put,
+            out=undo,
+        )
+        yield Suspect(
+            name="channel-order",
+            says=f"The deployed network is fed its channels in the order {words}.",
+            mend=mend,
+            x=put,
+        )
+        yield Suspect(
+            name="channel-order",
+            says=f"The deployed network gives its channels in the order {words}.",
+            mend=mend,
+            out=undo,
+        )
+
+
+def _pictured(name: str, words: str, change: Change) -> Iterator[Suspect]:
+    mend = "Feed and read (N, C, H, W), row by row from the top."
+    both = f"The deployed network is fed its images {words}"
+    yield Suspect(name=name, says=f"{both}, and gives them so.", mend=mend, x=change, out=change)
+    yield Suspect(name=name, says=f"{both}.", mend=mend, x=change)
+    yield Suspect(
+        name=name, says=f"The deployed network gives its images {words}.", mend=mend, out=change
+    )
+
+
+def _of_labels(evidence: Evidence, experiment: Experiment) -> Iterator[Cause]:
+    engine = experiment.engine
+    if engine is None or engine.spec.label is None:
+        return
+    try:
+        yield from _guidances(evidence, experiment, engine)
+        yield from _swapped(evidence, experiment, engine)
+    except DDPMDeployError:  # a network that does not take such labels has no such fault
+        return
+
+
+def _guidances(evidence: Evidence, experiment: Experiment, engine: Engine) -> Iterator[Cause]:
+    """Finds s in out = u + s (c - u) by least squares, and names it where that is all."""
+    label = engine.spec.label
+    if label is None or label.null is None:
+        return
+    y = _labels(evidence, engine)
+    null = np.full_like(y, label.null)
+    scales, errors = [], []
+    for pair in experiment.pairs:
+        t = experiment.timestep(pair)
+        wanted = experiment.call(pair, t, predict=partial(engine, **{label.name: y}))
+        plain = experiment.call(pair, t, predict=partial(engine, **{label.name: null}))
+        target, span = experiment.target(pair), wanted - plain
+        if not np.any(span):
+            return
+        scale = float(np.vdot(target - plain, span) / np.vdot(span, span))
+        scales.append(scale)
+        errors.append(relative_error(plain + np.float32(scale) * span, target))
+    scale = float(np.median(scales))
+    said = evidence.recipe.guidance
+    if experiment.inverse or abs(scale - said) < 1e-3 or not experiment.explains(max(errors)):
+        return
+    name = "label-ignored" if abs(scale) < 1e-3 else "wrong-guidance"
+    yield Cause(
+        name=name,
+        place="input",
+        says="The deployed network is fed no label: its output is the unconditional one."
+        if name == "label-ignored"
+        else f"The deployed loop has guidance {scale:.3g}; the reference has {said:g}.",
+        evidence=(
+            f"u + s (c - u) with s = {scale:.3g} is its output, but for {max(errors):.1e} of the "
+            f"peak; with s = {said:g} it is off by {experiment.base():.1e}",
+        ),
+        mend="Feed each image's label in every step."
+        if name == "label-ignored"
+        else f"Set the guidance to {said:g}.",
+        certain=True,
+    )
+
+
+def _swapped(evidence: Evidence, experiment: Experiment, engine: Engine) -> Iterator[Cause]:
+    """Feeds every image each label, and names those that give the deployed outputs."""
+    label = engine.spec.label
+    if label is None or (label.classes or 0) > CLASSES:
+        return
+    y = _labels(evidence, engine)
+    every = [*range(label.classes or 1), *([] if label.null is None else [label.null])]
+    best = np.full(len(y), np.inf)
+    found = y.copy()
+    for number in every:
+        errors = np.zeros(len(y))
+        for pair in experiment.pairs[:2]:
+            predict = _bound(evidence, engine, np.full_like(y, number))
+            given = experiment.call(pair, experiment.timestep(pair), predict=predict)
+            target = experiment.target(pair)
+            each = [relative_error(g, w) for g, w in zip(given, target, strict=True)]
+            errors = np.maximum(errors, each)
+        found = np.where(errors < best, number, found)
+        best = np.minimum(best, errors)
+    if np.array_equal(found, y) or not experiment.explains(float(best.max())):
+        return
+    changed = ", ".join(
+        f"image {evidence.images[i]} {found[i]} for {y[i]}"
+        for i in range(len(y))
+        if found[i] != y[i]
+    )
+    yield Cause(
+        name="swapped-label",
+        place="input",
+        says="The deployed network is fed other labels.",
+        evidence=(
+            f"{'to be undone: ' if experiment.inverse else ''}{changed}: so its outputs are the "
+            f"reference's, but for {best.max():.1e} of the peak",
+        ),
+        mend="Image i gets labels[i mod their number]; count classes from 0, as in training.",
+        certain=True,
+    )
+
+
+def _labels(evidence: Evidence, engine: Engine) -> Array:
+    recipe = replace(evidence.recipe, labels=evidence.recipe.labels or default_labels(engine.spec))
+    (y,) = recipe.conditions(engine, evidence.images).values()
+    return y
+
+
+def _bound(evidence: Evidence, engine: Engine, y: Array) -> Predictor:
+    """Binds labels to a network, with the recipe's guidance."""
+    label = engine.spec.label
+    assert label is not None
+    scale = evidence.recipe.guidance
+    if scale == 1:
+        return partial(engine, **{label.name: y})
+    both = np.concatenate([y, np.full_like(y, label.null)])
+    return guided(partial(engine, **{label.name: both}), scale)
+
+
+def _of_output(evidence: Evidence) -> Iterator[Cause]:
+    """Writes the deployed output as c·out + d·x_t, and names what c and d are."""
+    pairs = evidence.worst[:3]
+    fits = [_fit(pair) for pair in pairs]
+    base = max(evidence.network_errors[p.k] for p in pairs)
+    if not fits or max(left for *_, left in fits) > evidence.left_by_a_fault(base):
+        return
+    left = max(left for *_, left in fits)
+    words = "; ".join(
+        f"{c:.4g}·out {d:+.4g}·x at t = {p.local_wanted.t}"
+        for p, (c, d, _) in zip(pairs, fits, strict=True)
+    )
+    says = f"it is {words}, but for {left:.1e} of the peak"
+    if other := _prediction(evidence, pairs, fits):
+        yield Cause(
+            name="wrong-prediction",
+            place="network",
+            says=f"The deployed network gives {other}; the reference gives "
+            f"{evidence.spec.prediction}.",
+            evidence=(says,),
+            mend=f"Export the network's {evidence.spec.prediction}, or set the prediction.",
+            certain=True,
+        )
+    elif all(abs(d) < 0.01 * abs(c) for c, d, _ in fits):
+        sign = all(abs(c + 1) < 0.01 for c, _, _ in fits)
+        yield Cause(
+            name="output-sign" if sign else "output-scale",
+            place="network",
+            says="The deployed network's output has the opposite sign."
+            if sign
+            else f"The deployed network's output is {fits[0][0]:.4g} times the reference's.",
+            evidence=(says,),
+            mend="Look at what stands behind the last layer.",
+            certain=True,
+        )
+
+
+def _fit(pair: Pair) -> tuple[float, float, float]:
+    """Returns c, d and the error left of given = c·out + d·x_t."""
+    out, x_t = pair.local_wanted.out, pair.local_wanted.x_t
+    given = pair.local_given.out
+    basis = np.stack([out.ravel(), x_t.ravel()], axis=1).astype(np.float64)
+    (c, d), *_ = np.linalg.lstsq(basis, given.ravel().astype(np.float64), rcond=None)
+    fitted = (basis @ [c, d]).reshape(given.shape)
+    return float(c), float(d), relative_error(np.asarray(fitted, np.float32), given)
+
+
+def _prediction(
+    evidence: Evidence, pairs: list[Pair], fits: list[tuple[float, float, float]]
+) -> str | None:
+    """Returns the prediction that c and d make of an ε, which has them in closed form."""
+    if evidence.spec.prediction != "epsilon":
+        return None
+    for name in ("sample", "v_prediction"):
+        agree = []
+        for pair, (c, d, _) in zip(pairs, fits, strict=True):
+            a_bar = evidence.spec.schedule.alpha_bar_at(pair.local_wanted.t)
+            a, s = np.sqrt(a_bar), np.sqrt(1 - a_bar)
+            # x_0 = (x - s ε) / a, and v = a ε - s x_0.
+            wanted = (-s / a, 1 / a) if name == "sample" else (1 / a, -s / a)
+            agree.append(np.allclose((c, d), wanted, rtol=0.01, atol=0.01))
+        if all(agree):
+            return name
+    return None

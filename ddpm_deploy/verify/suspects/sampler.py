@@ -1,0 +1,273 @@
+"""Faults in the sampler's numbers: the deployed step, given its own output, is not the table's.
+
+Each is another table. It is named where the deployed steps follow that table to the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ddpm_deploy.run import Recipe
+from ddpm_deploy.sampling import SAMPLERS, Transition
+from ddpm_deploy.schedule import SCHEDULES, Schedule
+from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.verify.cause import Cause
+from ddpm_deploy.verify.compare import Pair, half_state
+from ddpm_deploy.verify.suspects.evidence import ARITHMETIC, Evidence
+
+Rows = Callable[[Pair], Transition | None]
+"""Gives the row that a fault puts in a transition's place; None where it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """A table that the deployed loop may have followed.
+
+    Attributes:
+        name: As in `Cause`.
+        says: What it is, after "The deployed loop ".
+        mend: What to do.
+        rows: Its rows.
+    """
+
+    name: str
+    says: str
+    mend: str
+    rows: Rows
+
+
+def sampler_causes(evidence: Evidence) -> Iterator[Cause]:
+    """Yields what explains that a step's arithmetic differs."""
+    if half := _half_state(evidence):
+        yield half
+        return
+    if not evidence.step_is_off:
+        return
+    base = max(evidence.step_errors.values())
+    found = []
+    for suspect in _suspects(evidence):
+        left = _left(evidence, suspect.rows)
+        if left <= max(ARITHMETIC, base / 1000):
+            found.append((left, suspect))
+    for left, suspect in sorted(found, key=lambda pair: pair[0])[:1]:
+        yield Cause(
+            name=suspect.name,
+            place="sampler",
+            says=f"The deployed loop {suspect.says}.",
+            evidence=(
+                f"given its own output, its x_s differs from the reference's step by {base:.1e} "
+                f"of the peak, and from that step by {left:.1e}",
+            ),
+            mend=suspect.mend,
+            certain=True,
+        )
+
+
+def _left(evidence: Evidence, rows: Rows) -> float:
+    """Returns the largest error that other rows leave; infinite where they say nothing."""
+    errors = []
+    for pair in evidence.pairs:
+        row = rows(pair)
+        if row is not None:
+            errors.append(evidence.step_error(pair, row))
+    return max(errors, default=float("inf"))
+
+
+def _suspects(evidence: Evidence) -> Iterator[Suspect]:
+    spec, recipe = evidence.spec, evidence.recipe
+    yield from _of_the_row(evidence)
+    yield from _variances(spec, recipe)
+    yield from _etas(evidence)
+    yield from _schedules(spec, recipe)
+    yield from _strides(evidence)
+    yield from _samplers(spec, recipe)
+    yield from _predictions(spec, recipe)
+
+
+def _of_the_row(evidence: Evidence) -> Iterator[Suspect]:
+    """One entry of each row is another."""
+
+    def last(pair: Pair) -> Transition:
+        row, before = evidence.row(pair), evidence.table[max(len(evidence.table) - 2, 0)]
+        ends = pair.k == len(evidence.table)
+        return replace(row, x_from_noise=before.x_from_noise) if ends else row
+
+    yield Suspect(
+        name="noise-in-last-step",
+        says="adds noise in its last step too",
+        mend="Add no noise where s is the clean image (Algorithm 2: z = 0 at t = 1).",
+        rows=last,
+    )
+    yield Suspect(
+        name="no-noise",
+        says="adds no noise",
+        mend="Add σ z with fresh z in each step, or choose DDIM with eta 0 for both.",
+        rows=lambda pair: replace(evidence.row(pair), x_from_noise=0.0),
+    )
+    clip = evidence.table[0].clip
+    other = None if clip is not None else evidence.spec.value_range[1]
+    yield Suspect(
+        name="wrong-clip",
+        says="does not clip x_0" if other is None else f"clips x_0 to ±{other:g}",
+        mend=f"Clip x_0 to ±{clip:g} before x_s is made of it."
+        if clip is not None
+        else "Leave x_0 unclipped.",
+        rows=lambda pair: replace(evidence.row(pair), clip=other),
+    )
+
+
+def _variances(spec: ModelSpec, recipe: Recipe) -> Iterator[Suspect]:
+    words = {"fixed_small": "β̃", "fixed_large": "β"}
+    for variance, word in words.items():
+        if variance != spec.variance:
+            yield Suspect(
+                name="wrong-variance",
+                says=f"takes σ² = {word}; the reference takes "
+                f"{words.get(spec.variance, 'what the network learned')}",
+                mend=f"Set the variance to {spec.variance}.",
+                rows=_table(spec.with_changes(variance=variance), recipe),
+            )
+
+
+def _etas(evidence: Evidence) -> Iterator[Suspect]:
+    recipe = evidence.recipe
+    if recipe.sampler != "ddim":
+        return
+    for eta in sorted({0.0, 0.25, 0.5, 0.75, 1.0, _fitted_eta(evidence)} - {recipe.eta}):
+        yield Suspect(
+            name="wrong-eta",
+            says=f"has eta {eta:g}; the reference has {recipe.eta:g}",
+            mend=f"Set eta to {recipe.eta:g}.",
+            rows=_table(evidence.spec, replace(recipe, eta=eta)),
+        )
+
+
+def _fitted_eta(evidence: Evidence) -> float:
+    """Returns eta to two digits, from how much of the recipe's noise is in the steps."""
+    full = _table(evidence.spec, replace(evidence.recipe, eta=1.0))
+    values = []
+    for pair in evidence.pairs:
+        row = full(pair)
+        plain = evidence.result(pair, evidence.row(pair), noise=False)
+        if row is None or plain is None or not row.x_from_noise:
+            continue
+        z = evidence.noise(pair.k)
+        share = float(np.vdot(pair.local_given.x - plain, z) / np.vdot(z, z))
+        values.append(share / row.x_from_noise)
+    return float(np.clip(round(np.median(values), 2), 0, 1)) if values else 0.0
+
+
+def _schedules(spec: ModelSpec, recipe: Recipe) -> Iterator[Suspect]:
+    beta = spec.schedule.beta
+    known = [
+        *(make(spec.schedule.T) for make in SCHEDULES.values()),
+        *(
+            SCHEDULES[name](spec.schedule.T, start=start, end=end)
+            for name in ("linear", "scaled_linear")
+            for start, end in ((1e-4, 0.012), (8.5e-4, 0.012), (1e-4, 0.02), (1e-4, 0.01))
+        ),
+    ]
+    for schedule in known:
+        if schedule != spec.schedule:
+            ends = f"{schedule.name}, β from {schedule.beta[0]:.2g} to {schedule.beta[-1]:.2g}"
+            yield Suspect(
+                name="wrong-schedule",
+                says=f"follows another schedule: {ends}",
+                mend=f"Use the schedule of training, {spec.schedule}.",
+                rows=_table(spec.with_changes(schedule=schedule), recipe),
+            )
+    shifted = {
+        "one timestep later": np.append(beta[1:], beta[-1]),
+        "one timestep earlier": np.insert(beta[:-1], 0, beta[0]),
+    }
+    for where, values in shifted.items():
+        yield Suspect(
+            name="schedule-off-by-one",
+            says=f"reads its schedule {where}",
+            mend="Index β and ᾱ with t from 0 to T-1; the paper's t is that plus 1.",
+            rows=_table(spec.with_changes(schedule=Schedule(values, "shifted")), recipe),
+        )
+
+
+def _strides(evidence: Evidence) -> Iterator[Suspect]:
+    """The step ends at another timestep than the next one visited."""
+    spec, recipe = evidence.spec, evidence.recipe
+
+    def to(s_of: Callable[[Transition], int]) -> Rows:
+        def rows(pair: Pair) -> Transition | None:
+            row = evidence.row(pair)
+            s = s_of(row)
+            if row.s < 0:
+                return row
+            return _between(spec, recipe, row.t, s) if -1 <= s < row.t else None
+
+        return rows
+
+    for says, s_of in (
+        ("goes to one timestep below the next one it visits", lambda row: row.s - 1),
+        ("goes to one timestep above the next one it visits", lambda row: row.s + 1),
+        ("goes down a single timestep in each step, whatever the stride", lambda row: row.t - 1),
+    ):
+        yield Suspect(
+            name="stride-off-by-one",
+            says=says,
+            mend="Make each step's s the t of the next step, and the last one's -1.",
+            rows=to(s_of),
+        )
+
+
+def _samplers(spec: ModelSpec, recipe: Recipe) -> Iterator[Suspect]:
+    for sampler in SAMPLERS:
+        if sampler != recipe.sampler:
+            yield Suspect(
+                name="wrong-sampler",
+                says=f"is {sampler}; the reference is {recipe.sampler}",
+                mend=f"Sample with {recipe.sampler}.",
+                rows=_table(spec, replace(recipe, sampler=sampler, eta=0.0)),  # type: ignore[arg-type]
+            )
+
+
+def _predictions(spec: ModelSpec, recipe: Recipe) -> Iterator[Suspect]:
+    for prediction in ("epsilon", "sample", "v_prediction"):
+        if prediction != spec.prediction:
+            yield Suspect(
+                name="wrong-prediction",
+                says=f"takes the output for {prediction}; it is {spec.prediction}",
+                mend=f"Set the prediction to {spec.prediction}.",
+                rows=_table(spec.with_changes(prediction=prediction), recipe),
+            )
+
+
+def _table(spec: ModelSpec, recipe: Recipe) -> Rows:
+    """Returns the rows of another spec or recipe, found by their timestep."""
+    try:
+        rows = {row.t: row for row in recipe.table(spec)}
+    except ValueError:  # this sampler does not take it
+        return lambda _: None
+    return lambda pair: rows.get(pair.local_wanted.t)
+
+
+def _between(spec: ModelSpec, recipe: Recipe, t: int, s: int) -> Transition | None:
+    try:
+        return replace(recipe, steps=(t, s) if s >= 0 else (t,), spacing="leading").table(spec)[0]
+    except ValueError:
+        return None
+
+
+def _half_state(evidence: Evidence) -> Cause | None:
+    """Names a state that was rounded: float32 sums are not all half-precision numbers."""
+    name = half_state(evidence.pairs)
+    if name is None:
+        return None
+    numbers = sum(pair.given.x.size for pair in evidence.pairs)
+    return Cause(
+        name="half-precision-state",
+        place="sampler",
+        says=f"The deployed loop keeps x in {name}.",
+        evidence=(f"all {numbers} numbers of its x_s looked at are {name}; the reference's not",),
+        mend="Keep x_t, t and the step's sums in float32 beside any network.",
+        certain=True,
+    )
