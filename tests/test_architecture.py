@@ -52,6 +52,7 @@ ARROWS = {
     "engines.pytorch": {"engines", "model"},
     "doctor": {"doctor"},
     "verify": {"verify", "engines"},  # the door and the abstract class
+    "testing": {"verify"},
     "cli": {"cli", "doctor", "engines", "export", "model", "train", "verify"},
 }
 

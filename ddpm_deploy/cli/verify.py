@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from contextlib import ExitStack, nullcontext
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -31,25 +33,68 @@ from ddpm_deploy.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from ddpm_deploy.verify import Budget, StepErrors, Verifier
+    from ddpm_deploy.verify.compare import Side
     from ddpm_deploy.verify.verification import Verification
 
 ROWS = 12
 """Timesteps that the table shows; --json has all of them."""
 
+REPORTS = (".json", ".html", ".xml", ".sarif")
+
 _PARTS = ("out", "x0", "x")
+_OF_THE_LOOP = ("count", "sampler", "steps", "eta", "spacing", "seed", "label", "guidance")
 
 
 def command(
-    engine: Annotated[Path, typer.Option("--engine", "-e", help="The deployed engine.")] = Path(
-        "unet.onnx"
-    ),
+    ctx: typer.Context,
+    engine: Annotated[
+        Path, typer.Option("--engine", "-e", help="The deployed engine, or its .trace.")
+    ] = Path("unet.onnx"),
     against: Annotated[
-        Path, typer.Option("--against", help="The trained checkpoint, or another engine.")
+        Path,
+        typer.Option("--against", help="The trained checkpoint, another engine, or a .trace."),
     ] = Path("ckpt.pt"),
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images to draw.")] = 4,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the whole report here, as JSON.")
+        list[Path] | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write a report: .html, .json, .xml (JUnit) or .sarif. May be repeated.",
+        ),
     ] = None,
+    timesteps: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Compare so many timesteps, drawn from all of the schedule, to save time."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="What may differ: a .toml file, or fp32, tf32, fp16, bf16, int8; by the engine's "
+            "precision if left out."
+        ),
+    ] = None,
+    local: Annotated[
+        float | None,
+        typer.Option(min=0, help="Budget: errors of a step on the same x_t, of the peak."),
+    ] = None,
+    accumulated: Annotated[
+        float | None,
+        typer.Option(min=0, help="Budget: error of x when both run free, of the peak."),
+    ] = None,
+    pixels: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Budget: least share of pixels within one level of 255."),
+    ] = None,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            "--bisect", help="Walk the graph to the first node that differs; exports a checkpoint."
+        ),
+    ] = False,
     sampler: SamplerName = None,
     steps: Steps = None,
     eta: Eta = 0.0,
@@ -57,108 +102,190 @@ def command(
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
-    local: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Budget: output error on the reference's x_t, of the peak; 2e-5, fp16 5e-3, "
-            "bf16 4e-2.",
-        ),
-    ] = None,
-    accumulated: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Budget: error of x_t when both run free, of the peak; 1e-3, fp16 1e-2, "
-            "bf16 5e-2.",
-        ),
-    ] = None,
-    pixels: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Budget: least share of pixels within one level of 255; 0.999, fp16 0.99, "
-            "bf16 0.95.",
-        ),
-    ] = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Compare a deployed loop with the trained model, step by step.
 
-    Local error: both networks are fed the reference's own x_t. Accumulated
-    error: each runs free on the same noise. Exits 1 outside the budget.
+    Local error: both are fed the same x_t. Accumulated error: each runs free
+    on the same noise. Exits 1 outside the budget, and says what the likely
+    cause is.
     """
-    from typing import cast
-
-    from ddpm_deploy.engines import open_engine
-    from ddpm_deploy.files import whole_file
     from ddpm_deploy.run import Recipe
     from ddpm_deploy.sampling import Sampler, Spacing
-    from ddpm_deploy.verify import Budget, StepErrors, Verifier
-    from ddpm_deploy.verify.verification import verify
+    from ddpm_deploy.verify.verification import open_side, verify
 
-    with (
-        open_engine(engine, threads=threads, device=device) as deployed,
-        open_engine(against, threads=threads, device=device, spec=deployed.spec) as reference,
+    if timesteps is not None and steps is not None:
+        raise typer.BadParameter(
+            "it draws the timesteps that --steps would choose; leave one of them out",
+            param_hint="--timesteps",
+        )
+    allowed = _budget(budget)
+    with ExitStack() as stack:
         # Opened before the loop: a place that cannot be written shall not cost the work.
-        nullcontext() if output is None else whole_file(output) as partial,
-    ):
+        reports = {path: stack.enter_context(_report(path)) for path in output or ()}
+        deployed = open_side(stack, engine, threads=threads, device=device)
+        reference = open_side(stack, against, spec=deployed.spec, threads=threads, device=device)
+        _check_loop(ctx, {engine: deployed, against: reference})
         recipe = Recipe(
             seed=seed,
             sampler=cast("Sampler | None", sampler),
-            steps=steps,
+            steps=steps if timesteps is None else _drawn(deployed, timesteps, seed),
             eta=eta,
             spacing=cast("Spacing", spacing),
             labels=parse_labels(label, deployed.spec),
             guidance=guidance,
         )
-        budget = Budget.of(deployed.precision).changed(
-            local=local, accumulated=accumulated, pixels=pixels
-        )
-        with ExitStack() as stack:
-            progress: Progress | None = None
-
-            def start(verifier: Verifier) -> None:
-                nonlocal progress
-                note_untrained(deployed.spec, verifier.table)
-                what = f"{deployed.name} against {reference.name}"
-                progress = stack.enter_context(Progress(what, len(verifier), "steps"))
-
-            def advance(_: StepErrors) -> None:
-                if progress is not None:
-                    progress.advance()
-
-            with settings("See: ddpm-deploy verify --help"):
-                found = verify(
-                    deployed,
-                    reference,
-                    recipe,
-                    range(count),
-                    budget=budget,
-                    command=sys.argv,
-                    on_start=start,
-                    on_step=advance,
-                )
-        report = found.to_dict()
-        if partial is not None:
-            partial.write_text(json_module.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if output is not None:
-        note(f"report: {output}")
+        with settings("See: ddpm-deploy verify --help"), ExitStack() as bar:
+            watch = _Watch(bar, deployed)
+            found = verify(
+                deployed,
+                reference,
+                recipe,
+                range(count),
+                budget=(allowed or _default(deployed)).changed(
+                    local=local, accumulated=accumulated, pixels=pixels
+                ),
+                command=sys.argv,
+                on_start=watch.start,
+                on_step=watch.step,
+            )
+        for path, partial in reports.items():
+            partial.write_text(_text(path.suffix, found), encoding="utf-8")
+    for path in reports:
+        note(f"report: {path}")
     if json:
-        print_json(report)
+        print_json(found.to_dict())
     else:
         _print(found)
     raise typer.Exit(0 if found.passed else 1)
 
 
+def _check_loop(ctx: typer.Context, sides: Mapping[Path, Side]) -> None:
+    """Refuses to be told of a loop where a trace says which it is."""
+    from ddpm_deploy.verify.trace import Trace
+
+    typed = [
+        name
+        for name in (*_OF_THE_LOOP, "timesteps")
+        if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    for path, side in sides.items():
+        if isinstance(side, Trace) and typed:
+            raise typer.BadParameter(
+                f"{path} says what loop it is, its images and its noise; leave --{typed[0]} out",
+                param_hint=f"--{typed[0]}",
+            )
+
+
+def _drawn(side: Side, count: int, seed: int) -> tuple[int, ...]:
+    from ddpm_deploy.verify.sampled import stratified
+
+    return stratified(side.spec.schedule.T, count, seed=seed, first=side.spec.first_timestep)
+
+
+def _budget(text: str | None) -> Budget | None:
+    from ddpm_deploy.verify import Budget, read_budget
+    from ddpm_deploy.verify.budget import ARITHMETICS, Arithmetic
+
+    if text is None:
+        return None
+    if text in ARITHMETICS:
+        return Budget.of(cast("Arithmetic", text))
+    return read_budget(Path(text))
+
+
+def _default(side: Side) -> Budget:
+    from ddpm_deploy.engines import Engine
+    from ddpm_deploy.verify import Budget
+
+    return Budget.of(side.precision if isinstance(side, Engine) else "fp32")
+
+
+class _Watch:
+    """Shows how far the comparison is."""
+
+    def __init__(self, stack: ExitStack, deployed: Side) -> None:
+        self._stack, self._deployed = stack, deployed
+        self._progress: Progress | None = None
+
+    def start(self, verifier: Verifier) -> None:
+        note_untrained(self._deployed.spec, verifier.table)
+        self._progress = self._stack.enter_context(Progress("compared", len(verifier), "steps"))
+
+    def step(self, _: StepErrors) -> None:
+        if self._progress is not None:
+            self._progress.advance()
+
+
+@contextmanager
+def _report(path: Path) -> Iterator[Path]:
+    """Gives a place to write a report to; a suffix that says no form is refused."""
+    from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.files import whole_file
+
+    if path.suffix not in {"", *REPORTS}:  # no suffix: a device, or a name of one's own
+        raise typer.BadParameter(
+            f"{path} has the suffix {path.suffix}; reports end in {', '.join(REPORTS)}",
+            param_hint="--output",
+        )
+    if path.suffix == ".html":
+        with needs("matplotlib", extra="report"):
+            import ddpm_deploy.report  # noqa: F401  (said before the loop, not after)
+    with whole_file(path) as partial:
+        yield partial
+
+
+def _text(suffix: str, found: Verification) -> str:
+    match suffix:
+        case ".html":
+            from ddpm_deploy.report import html
+
+            return html(found)
+        case ".xml":
+            from ddpm_deploy.verify.junit import junit
+
+            return junit(found)
+        case ".sarif":
+            from ddpm_deploy.verify.sarif import sarif
+
+            return json_module.dumps(sarif(found), indent=2) + "\n"
+        case _:
+            return json_module.dumps(found.to_dict(), indent=2) + "\n"
+
+
 def _print(found: Verification) -> None:
+    typer.echo(
+        f"{found.engine['name']} against {found.reference['name']}, {len(found.images)} images, "
+        f"{found.sampled.says}"
+    )
+    _print_steps(found)
+    result = found.comparison
+    for check in result.checks:
+        typer.echo(f"{'ok' if check.passed else 'outside'}: {check.says}")
+    if result.amplification is not None:
+        typer.echo(f"the loop makes {result.amplification:.2g} times the largest local error")
+    if result.pictures is not None:
+        psnr, ssim = min(result.pictures.psnr), min(result.pictures.ssim, default=None)
+        words = "identical" if psnr == float("inf") else f"PSNR {psnr:.1f} dB at worst"
+        words += "" if ssim is None or psnr == float("inf") else f", SSIM {ssim:.4f}"
+        typer.echo(f"images: {result.pictures.equal:.3%} of pixels equal, {words}")
+    for cause in found.causes:
+        typer.echo(_wrapped(f"{'cause' if cause.certain else 'likely cause'}: {cause.says}"))
+        for line in cause.evidence:
+            typer.echo(_wrapped(f"  evidence: {line}"))
+        if cause.mend:
+            typer.echo(_wrapped(f"  mend: {cause.mend}"))
+    if found.same_checkpoint is False:
+        typer.echo("note: the engine was exported from another checkpoint file than this one")
+    typer.echo("verdict: " + ("the same model" if found.passed else "NOT the same model"))
+
+
+def _print_steps(found: Verification) -> None:
     from rich.table import Table
 
-    result, steps = found.comparison, found.comparison.steps
-    what = f"{found.engine['name']} against {found.reference['name']}"
-    typer.echo(f"{what}, {len(found.images)} images, {found.sampled.says}")
+    steps = found.comparison.steps
     table = Table(title="largest error over the reference's peak", title_justify="left")
     for name in ("t", "local ε", "local x_0", "local x", "free ε", "free x_0", "free x"):
         table.add_column(name, justify="right")
@@ -168,12 +295,8 @@ def _print(found: Verification) -> None:
         parts = [getattr(side, name) for side in (step.local, step.accumulated) for name in _PARTS]
         table.add_row(str(step.t), *(f"{part.max:.1e}" for part in parts))
     print_table(table)
-    for check in result.checks:
-        typer.echo(f"{'ok' if check.passed else 'outside'}: {check.says}")
-    if result.pictures is not None:
-        worst = min(result.pictures.psnr)
-        psnr = "identical" if worst == float("inf") else f"{worst:.1f} dB at worst"
-        typer.echo(f"images: {result.pictures.equal:.3%} of pixels equal, PSNR {psnr}")
-    if found.same_checkpoint is False:
-        typer.echo("note: the engine was exported from another checkpoint file than this one")
-    typer.echo("verdict: " + ("the same model" if found.passed else "NOT the same model"))
+
+
+def _wrapped(text: str) -> str:
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.fill(text, 80, subsequent_indent=indent, break_on_hyphens=False)

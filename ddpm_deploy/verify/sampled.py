@@ -50,13 +50,14 @@ class Sampled:
         )
 
 
-def stratified(T: int, count: int, *, seed: int) -> tuple[int, ...]:  # noqa: N803
+def stratified(T: int, count: int, *, seed: int, first: int = 0) -> tuple[int, ...]:  # noqa: N803
     """Draws timesteps: T-1, where a loop starts, and one at random from each of equal parts.
 
     Args:
         T: Length of the schedule.
         count: How many; all from T on.
         seed: Of the choice, 0 to 2⁶⁴-1.
+        first: The least timestep; those below are left out.
 
     Returns:
         The timesteps, the noisiest first.
@@ -66,10 +67,10 @@ def stratified(T: int, count: int, *, seed: int) -> tuple[int, ...]:  # noqa: N8
     """
     if count < 1:
         raise ValueError(f"the number of timesteps is {count}; it must be at least 1")
-    if count >= T:
-        return tuple(range(T - 1, -1, -1))
+    if count >= T - first:
+        return tuple(range(T - 1, first - 1, -1))
     parts = count - 1
-    edges = [i * (T - 1) // max(parts, 1) for i in range(parts + 1)]
+    edges = [first + i * (T - 1 - first) // max(parts, 1) for i in range(parts + 1)]
     draw = np.random.Generator(np.random.Philox(key=seed))
     chosen = [int(draw.integers(low, high)) for low, high in pairwise(edges)]
     return (T - 1, *reversed(chosen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -10,7 +11,7 @@ from typing import Any
 
 from ddpm_deploy._version import __version__
 from ddpm_deploy.arrays import Pixels
-from ddpm_deploy.engines.base import Engine
+from ddpm_deploy.engines import Engine, open_engine
 from ddpm_deploy.files import sha256
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.spec import ModelSpec
@@ -20,7 +21,7 @@ from ddpm_deploy.verify.causes import find_causes
 from ddpm_deploy.verify.compare import Comparison, Side, StepErrors, Verifier, plain
 from ddpm_deploy.verify.sampled import Sampled
 from ddpm_deploy.verify.suspects.evidence import Evidence
-from ddpm_deploy.verify.trace import Trace
+from ddpm_deploy.verify.trace import SUFFIX, Trace, read_trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,32 @@ def verify(
         command=tuple(command),
         pixels=verifier.pixels(),
     )
+
+
+def open_side(
+    stack: ExitStack,
+    path: Path,
+    *,
+    spec: ModelSpec | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+) -> Engine | Trace:
+    """Opens what can be compared, by its suffix: a `.trace`, or an engine.
+
+    Args:
+        stack: Closes it.
+        path: The file.
+        spec: What the network is, for a checkpoint that does not say.
+        threads: As in `open_engine`.
+        device: As in `open_engine`.
+
+    Raises:
+        TraceError: The trace is missing or damaged.
+        EngineError: As from `open_engine`, and its other errors too.
+    """
+    if path.suffix == SUFFIX:
+        return read_trace(path)
+    return stack.enter_context(open_engine(path, threads=threads, device=device, spec=spec))
 
 
 def evidence(verifier: Verifier) -> Evidence:

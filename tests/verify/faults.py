@@ -77,9 +77,7 @@ class World:
     def trace(self, loop: Loop, **changes: Any) -> Trace:
         """Records a loop, claiming the healthy recipe."""
         steps = [replace(step, t=step.t) for step in loop_steps(loop)]
-        return record(
-            steps, spec=self.good.spec, recipe=self.recipe, images=self.images, **changes
-        )
+        return record(steps, spec=self.good.spec, recipe=self.recipe, images=self.images, **changes)
 
 
 class HalfState(Loop):

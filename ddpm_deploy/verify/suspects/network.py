@@ -38,6 +38,8 @@ def network_causes(evidence: Evidence) -> Iterator[Cause]:
         experiment = evidence.experiment
         if experiment is not None and (cause := _embedding(evidence, experiment)):
             yield cause
+        elif coarse := _coarse(evidence):
+            yield coarse
         yield _somewhere(evidence)
 
 
@@ -64,6 +66,25 @@ def _embedding(evidence: Evidence, experiment: Experiment) -> Cause | None:
         ),
         mend="Keep t, its embedding and its layers in float32; `ddpm-deploy build` does.",
     )
+
+
+def _coarse(evidence: Evidence) -> Cause | None:
+    """Names a coarser arithmetic where every step is off by about as much as it makes."""
+    errors = [step.local.out.l2 for step in evidence.comparison.steps]
+    for name, unit in (("TF32 or fp16", 2.0**-11), ("bf16", 2.0**-8)):
+        if errors and min(errors) > unit / 8 and np.median(errors) < 4 * unit:
+            return Cause(
+                name="reduced-precision",
+                place="precision",
+                says=f"The deployed network's errors are of the size that {name} makes.",
+                evidence=(
+                    f"at each of {len(errors)} timesteps the output is off by {min(errors):.1e} "
+                    f"to {max(errors):.1e} of its length; rounding one number costs {unit:.1e}",
+                ),
+                mend="Switch TF32 off where float32 is wanted, or give the budget of what it "
+                "computes in: --budget tf32, fp16 or bf16.",
+            )
+    return None
 
 
 def _cosine(a: Samples, b: Samples) -> float:
