@@ -43,6 +43,7 @@ ARROWS = {
     "train": {"train", "model"},
     "export": {"export"},
     "export.calibrate": {"export", "engines"},
+    "export.inside": {"export", "engines"},
     "export.prove": {"export", "engines"},
     "export.check": {"export", "model", "engines"},
     "export.prepare": {"export", "engines"},  # the passes in a row, for a plan

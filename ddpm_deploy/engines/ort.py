@@ -206,6 +206,7 @@ def run_graph(
     outputs: Sequence[str],
     *,
     threads: int | None = None,
+    as_written: bool = False,
 ) -> list[list[Array]]:
     """Runs any ONNX file on the CPU, spec or none, for what it computes inside.
 
@@ -214,6 +215,7 @@ def run_graph(
         feeds: The inputs of each call, by name.
         outputs: Names of the outputs that are wanted.
         threads: As in `OrtEngine`.
+        as_written: Whether every node is computed as it stands, none fused or left out.
 
     Returns:
         For each call the outputs, in the order of their names.
@@ -225,6 +227,8 @@ def run_graph(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = ort.InferenceSession(str(graph), options, providers=[_CPU])
         return [session.run(list(outputs), dict(call)) for call in feeds]
