@@ -1,0 +1,131 @@
+"""A graph as its reference knows it: without what the passes and runtimes add to the same function.
+
+Casts, the fused step, and attention cut into parts are looked through, so that what is left can be
+compared node by node, by the names of tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import onnx
+from onnx import helper, numpy_helper
+from onnx.defs import ONNX_DOMAIN
+
+from ddpm_deploy.arrays import Array
+from ddpm_deploy.export.graph import constants, is_op, producers, reads
+from ddpm_deploy.export.places import places
+
+_PART = re.compile(r"(?P<whole>.+)\.\d+(?:\.(?P<name>.+))?")
+_STANDARD = ("", ONNX_DOMAIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainNode:
+    """A node under the names that the exported graph has.
+
+    Attributes:
+        node: As it stands in the graph.
+        inputs: What it reads, casts looked through.
+        outputs: What it makes.
+        where: See `places`.
+    """
+
+    node: onnx.NodeProto
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    where: str
+
+    @property
+    def op_type(self) -> str:
+        """Such as `Conv`; with its domain where it is not ONNX's."""
+        node = self.node
+        return node.op_type if node.domain in _STANDARD else f"{node.domain}.{node.op_type}"
+
+
+class Plain:
+    """What a graph computes `out` with.
+
+    Args:
+        model: A graph of this package's exporter, in any of its variants.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self._makers = producers(graph)
+        self.opset = max(o.version for o in model.opset_import if o.domain in _STANDARD)
+        self.weights = {self.name(n): tensor for n, tensor in constants(graph).items()}
+        where = places(graph)
+        needed = self._needed([value.name for value in graph.output])
+        self.nodes: dict[str, PlainNode] = {}
+        self.fused = False
+        for node in graph.node:
+            name = self.name(node.output[0])
+            if node.output[0] not in needed or self._looked_through(node) or name in self.nodes:
+                continue
+            self.fused |= node.domain not in _STANDARD
+            self.nodes[name] = PlainNode(
+                node=node,
+                inputs=tuple(map(self.name, node.input)),
+                outputs=tuple(map(self.name, node.output)),
+                where=where[node.output[0]],
+            )
+        self.read = {name for node in self.nodes.values() for name in node.inputs if name}
+
+    def name(self, tensor: str) -> str:
+        """Returns the name that a tensor has in the exported graph."""
+        match = _PART.fullmatch(tensor)
+        if match and self._is_join(match["whole"]):
+            tensor = match["name"] or match["whole"]
+        for ending in (".half", ".float", ".rounded", ".exact"):
+            tensor = tensor.removesuffix(ending)
+        return tensor
+
+    def _is_join(self, tensor: str) -> bool:
+        maker = self._makers.get(tensor)
+        return maker is not None and maker.name == f"{tensor}.join"
+
+    def _looked_through(self, node: onnx.NodeProto) -> bool:
+        if is_op(node, "Constant"):
+            return True
+        if is_op(node, "Cast", "Split"):
+            return self.name(node.input[0]) == self.name(node.output[0])
+        return is_op(node, "Concat") and self._is_join(node.output[0])
+
+    def _needed(self, outputs: list[str]) -> set[str]:
+        """Returns the first outputs of the nodes that `out` depends on, before the step."""
+        wanted = ["out"] if "out" in outputs else list(outputs)
+        needed: set[str] = set()
+        while wanted:
+            node = self._makers.get(wanted.pop())
+            if node is not None and node.output[0] not in needed:
+                needed.add(node.output[0])
+                wanted += reads(node)
+        return needed
+
+
+def attributes(node: onnx.NodeProto, opset: int) -> dict[str, object]:
+    """Returns a standard operator's attributes, those that are left out with ONNX's defaults."""
+    schema = onnx.defs.get_schema(node.op_type, opset, "")
+    found = {
+        name: helper.get_attribute_value(attribute.default_value)
+        for name, attribute in schema.attributes.items()
+        if attribute.default_value.name
+    }
+    found.update((a.name, helper.get_attribute_value(a)) for a in node.attribute)
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def array_of(tensor: onnx.TensorProto) -> Array:
+    """Returns the numbers of a constant."""
+    array: Array = numpy_helper.to_array(tensor)
+    return array
