@@ -7,6 +7,7 @@ compared node by node, by the names of tensors.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -19,6 +20,17 @@ from ddpm_deploy.export.places import places
 
 _PART = re.compile(r"(?P<whole>.+)\.\d+(?:\.(?P<name>.+))?")
 _STANDARD = ("", ONNX_DOMAIN)
+
+_SAME_AS = {
+    # What ONNX Runtime fuses, by the operator that gave its output its name.
+    "com.microsoft.BiasGelu": "Gelu",
+    "com.microsoft.FastGelu": "Gelu",
+    "com.microsoft.FusedConv": "Conv",
+    "com.microsoft.FusedGemm": "Gemm",
+    "com.microsoft.FusedMatMul": "MatMul",
+    "com.microsoft.Gelu": "Gelu",
+    "com.microsoft.SkipLayerNormalization": "LayerNormalization",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +115,42 @@ class Plain:
                 needed.add(node.output[0])
                 wanted += reads(node)
         return needed
+
+
+class Pair:
+    """Two plain graphs, and the nodes that both have."""
+
+    def __init__(self, reference: Plain, engine: Plain) -> None:
+        self.reference, self.engine = reference, engine
+        by_output = {name: node for node in engine.nodes.values() for name in node.outputs}
+        nodes = [
+            (node, by_output[node.outputs[0]])
+            for node in reference.nodes.values()
+            if node.outputs[0] in by_output
+        ]
+        numbered = [family(a) == family(b) for a, b in nodes if _numbered(a.outputs[0])]
+        # Another opset numbers the tensors otherwise; then these names mean nothing.
+        self.names_hold = sum(numbered) >= 0.8 * len(numbered)
+        self.nodes = [(a, b) for a, b in nodes if self.names_hold or not _numbered(a.outputs[0])]
+        self._known = reference.nodes.keys() | {
+            name for node in reference.nodes.values() for name in (*node.inputs, *node.outputs)
+        }
+        self._known_to_engine = {
+            name for node in engine.nodes.values() for name in (*node.inputs, *node.outputs)
+        }
+
+    def knows(self, wanted: Sequence[str], given: Sequence[str]) -> bool:
+        """Says whether tensors of the reference are in the engine, and the other way round."""
+        return self._known_to_engine.issuperset(wanted) and self._known.issuperset(given)
+
+
+def _numbered(name: str) -> bool:
+    return name.startswith("val_")
+
+
+def family(node: PlainNode) -> str:
+    """Returns the operator of ONNX that a node is, or that ONNX Runtime fused it from."""
+    return _SAME_AS.get(node.op_type, node.op_type)
 
 
 def attributes(node: onnx.NodeProto, opset: int) -> dict[str, object]:

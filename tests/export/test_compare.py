@@ -17,7 +17,8 @@ from onnx import helper, numpy_helper
 from ddpm_deploy.arrays import Array
 from ddpm_deploy.engines.ort import optimise
 from ddpm_deploy.export.attention import split_queries
-from ddpm_deploy.export.compare import Difference, differences, weight_differences
+from ddpm_deploy.export.compare import differences, weight_differences
+from ddpm_deploy.export.difference import Difference
 from ddpm_deploy.export.fuse_step import fuse_step
 from ddpm_deploy.export.precision import convert
 from ddpm_deploy.export.rounding import rounded
@@ -161,11 +162,7 @@ def test_a_checkpoint_is_its_graph(model: onnx.ModelProto, state: dict[str, Arra
 
 
 def test_gelu_by_tanh(model: onnx.ModelProto) -> None:
-    def edit(graph: onnx.GraphProto) -> None:
-        for node in nodes(graph, "Gelu"):
-            set_attribute(node, "approximate", "tanh")
-
-    found = only(differences(model, edited(model, edit)))
+    found = only(differences(model, edited(model, gelu_by_tanh)))
     assert found.kind == "gelu"
     assert (found.evidence["reference"], found.evidence["engine"]) == ("erf", "tanh")
     assert found.evidence["nodes"] == len(nodes(model.graph, "Gelu"))
@@ -237,14 +234,19 @@ def test_another_operator(model: onnx.ModelProto) -> None:
     assert found.evidence == {"reference": "Sin", "engine": "Cos"}
 
 
-def test_a_residual_that_is_left_out(model: onnx.ModelProto) -> None:
-    def edit(graph: onnx.GraphProto) -> None:
-        add = next(n for n in graph.node if n.output[0].startswith("add_") and "x" not in n.input)
-        for node in graph.node:
-            node.input[:] = [add.input[1] if n == add.output[0] else n for n in node.input]
+def leave_out_residual(graph: onnx.GraphProto) -> None:
+    """The first sum that a GELU reads: x + h becomes h."""
+    gelus = [n.input[0] for n in nodes(graph, "Gelu")]
+    sums = [n for n in nodes(graph, "Add") if n.output[0] in gelus]
+    add = next(n for n in sums if n.output[0].startswith("add_"))
+    for node in graph.node:
+        node.input[:] = [add.input[1] if n == add.output[0] else n for n in node.input]
 
-    found = differences(model, edited(model, edit))
-    assert {d.kind for d in found} == {"wiring"}
+
+def test_a_residual_that_is_left_out(model: onnx.ModelProto) -> None:
+    found = only(differences(model, edited(model, leave_out_residual)))
+    assert found.kind == "wiring"
+    assert found.where == "after inc.double_conv.3"
 
 
 def test_a_layer_that_is_left_out(model: onnx.ModelProto) -> None:
@@ -298,6 +300,23 @@ def test_queries_for_keys_in_the_weights(model: onnx.ModelProto, state: dict[str
         assert {d.kind for d in found} == {"q-k-swapped"}
         assert all("sa3.mha.in_proj" in d.where for d in found)
         assert all("in the order k, q, v" in d.says for d in found)
+
+
+def gelu_by_tanh(graph: onnx.GraphProto) -> None:
+    for node in nodes(graph, "Gelu"):
+        set_attribute(node, "approximate", "tanh")
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind"),
+    [(gelu_by_tanh, "gelu"), (swap_parts, "q-k-swapped"), (leave_out_residual, "wiring")],
+)
+def test_a_fault_shows_through_what_onnx_runtime_fuses(
+    model: onnx.ModelProto, tmp_path: Path, edit: Edit, kind: str
+) -> None:
+    onnx.save(edited(model, edit), tmp_path / "unet.onnx")
+    optimise(tmp_path / "unet.onnx", tmp_path / "unet.ort.onnx", device="cpu")
+    assert only(differences(model, onnx.load(tmp_path / "unet.ort.onnx"))).kind == kind
 
 
 # Weights
