@@ -229,6 +229,7 @@ def run_graph(
         options.intra_op_num_threads = threads
     if as_written:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_cpu_mem_arena = False  # which takes powers of two, for calls to come
     try:
         session = ort.InferenceSession(str(graph), options, providers=[_CPU])
         return [session.run(list(outputs), dict(call)) for call in feeds]

@@ -321,7 +321,9 @@ def _not_finite(
         for name, value in fed.items():
             peaks[name] = _finite_peak(value)
         for group in groups(names, sizes):
-            for name, value in values(model, fed, group, threads=threads).items():
+            found = values(model, fed, group, threads=threads)
+            for name in group:
+                value = found.pop(name)
                 peaks[name] = _finite_peak(value)
                 if peaks[name] is not None or name in excused:
                     continue

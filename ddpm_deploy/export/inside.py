@@ -15,7 +15,7 @@ from onnx import helper
 from ddpm_deploy.arrays import Array
 from ddpm_deploy.engines.base import needs
 from ddpm_deploy.export.calibrate import written
-from ddpm_deploy.export.graph import producers, reads
+from ddpm_deploy.export.graph import producers, reads, tensor_types
 from ddpm_deploy.fused import COLUMNS
 
 GROUP_BYTES = 2**28
@@ -73,12 +73,18 @@ def shapes(
     *,
     threads: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of tensors, as they are on these inputs; arguments as in `values`."""
+    """Returns the shapes of tensors for these inputs; arguments as in `values`.
+
+    ONNX infers them. Behind what it does not know, as ONNX Runtime's own operators, they are run.
+    """
+    types = tensor_types(model, batch=len(feeds["x"]))
+    found = {n: shape for n in names if (shape := types[n].shape if n in types else None)}
+    unknown = [name for name in names if name not in found]
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    copy.graph.node.extend(helper.make_node("Shape", [name], [name + _SHAPE]) for name in names)
-    found = values(copy, feeds, [name + _SHAPE for name in names], threads=threads)
-    return {name: tuple(map(int, found[name + _SHAPE])) for name in names}
+    copy.graph.node.extend(helper.make_node("Shape", [name], [name + _SHAPE]) for name in unknown)
+    run = values(copy, feeds, [name + _SHAPE for name in unknown], threads=threads)
+    return {**found, **{name: tuple(map(int, run[name + _SHAPE])) for name in unknown}}
 
 
 def groups(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
