@@ -8,12 +8,13 @@ assert_same_model("unet.onnx", "ckpt.pt", timesteps=50)
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.verify.budget import Arithmetic, Budget, read_budget
+from ddpm_deploy.verify.causes import merged
 from ddpm_deploy.verify.sampled import stratified
 from ddpm_deploy.verify.trace import Trace
 from ddpm_deploy.verify.verification import Verification, open_side, verify
@@ -67,6 +68,12 @@ def assert_same_model(
             steps = stratified(schedule.T, timesteps, seed=chosen.seed, first=first)
             chosen = replace(chosen, steps=steps)
         found = verify(deployed, reference, chosen, range(images), budget=budget)
+        if not found.passed:
+            with suppress(ImportError):  # onnx, which the loop does not need
+                from ddpm_deploy.export.explain import explain  # noqa: PLC0415
+
+                causes = merged([*found.causes, *explain(reference, deployed)])
+                found = replace(found, causes=causes)
     if not found.passed:
         raise AssertionError(_said(engine, against, found))
     return found

@@ -45,6 +45,7 @@ ARROWS = {
     "export.calibrate": {"export", "engines"},
     "export.inside": {"export", "engines"},
     "export.prove": {"export", "engines"},
+    "export.explain": {"export", "engines", "model", "verify"},
     "export.check": {"export", "model", "engines"},
     "export.prepare": {"export", "engines"},  # the passes in a row, for a plan
     "export.to_onnx": {"export", "model", "engines"},
@@ -53,7 +54,7 @@ ARROWS = {
     "engines.pytorch": {"engines", "model"},
     "doctor": {"doctor"},
     "verify": {"verify", "engines"},  # the door and the abstract class
-    "testing": {"verify"},
+    "testing": {"verify", "export"},
     "cli": {"cli", "doctor", "engines", "export", "model", "train", "verify"},
 }
 

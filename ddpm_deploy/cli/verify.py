@@ -151,6 +151,7 @@ def command(
                 on_start=watch.start,
                 on_step=watch.step,
             )
+        found, lines = _explained(found, reference, deployed, bisect=bisect, threads=threads)
         for path, partial in reports.items():
             partial.write_text(_text(path.suffix, found), encoding="utf-8")
     for path in reports:
@@ -158,7 +159,7 @@ def command(
     if json:
         print_json(found.to_dict())
     else:
-        _print(found)
+        _print(found, lines)
     raise typer.Exit(0 if found.passed else 1)
 
 
@@ -187,12 +188,12 @@ def _drawn(side: Side, count: int, seed: int) -> tuple[int, ...]:
 
 def _budget(text: str | None) -> Budget | None:
     from ddpm_deploy.verify import Budget, read_budget
-    from ddpm_deploy.verify.budget import ARITHMETICS, Arithmetic
+    from ddpm_deploy.verify.budget import ARITHMETICS
 
     if text is None:
         return None
     if text in ARITHMETICS:
-        return Budget.of(cast("Arithmetic", text))
+        return Budget.of(text)
     return read_budget(Path(text))
 
 
@@ -201,6 +202,42 @@ def _default(side: Side) -> Budget:
     from ddpm_deploy.verify import Budget
 
     return Budget.of(side.precision if isinstance(side, Engine) else "fp32")
+
+
+def _explained(
+    found: Verification, reference: Side, deployed: Side, *, bisect: bool, threads: int | None
+) -> tuple[Verification, list[str]]:
+    """Adds what the graphs say, where something is wrong or was asked for; and the walk's lines."""
+    from dataclasses import replace
+
+    from ddpm_deploy.engines import Engine
+    from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.errors import MissingDependencyError, ParityError
+    from ddpm_deploy.verify.causes import merged
+
+    if found.passed and not bisect:
+        return found, []
+    try:
+        with needs("onnx", extra="export"):
+            from ddpm_deploy.export.explain import explain, walk
+    except MissingDependencyError:
+        if bisect:
+            raise
+        return found, []
+    more = [] if found.passed else explain(reference, deployed)
+    if not bisect:
+        return replace(found, causes=merged([*found.causes, *more])), []
+    if not (isinstance(reference, Engine) and isinstance(deployed, Engine)):
+        raise ParityError(
+            "A trace has no graph that --bisect could walk.",
+            hint="Leave --bisect out, or give two engines.",
+        )
+    note("walking both graphs, layer by layer")
+    walked = walk(found, reference, deployed, threads=threads)
+    if not found.passed:
+        more = [*walked.causes(), *more]
+    causes = merged([*found.causes, *more])
+    return replace(found, causes=causes, bisection=walked.to_dict()), walked.lines()
 
 
 class _Watch:
@@ -255,7 +292,7 @@ def _text(suffix: str, found: Verification) -> str:
             return json_module.dumps(found.to_dict(), indent=2) + "\n"
 
 
-def _print(found: Verification) -> None:
+def _print(found: Verification, walked: list[str]) -> None:
     typer.echo(
         f"{found.engine['name']} against {found.reference['name']}, {len(found.images)} images, "
         f"{found.sampled.says}"
@@ -271,6 +308,8 @@ def _print(found: Verification) -> None:
         words = "identical" if psnr == float("inf") else f"PSNR {psnr:.1f} dB at worst"
         words += "" if ssim is None or psnr == float("inf") else f", SSIM {ssim:.4f}"
         typer.echo(f"images: {result.pictures.equal:.3%} of pixels equal, {words}")
+    for line in walked:
+        typer.echo(_wrapped(f"bisect: {line}"))
     for cause in found.causes:
         typer.echo(_wrapped(f"{'cause' if cause.certain else 'likely cause'}: {cause.says}"))
         for line in cause.evidence:

@@ -149,6 +149,10 @@ class Engine(ABC):
         """Returns what identifies the runtime, for reports: JSON's types."""
         return {"name": self.name, "path": str(self.path)}
 
+    def weights(self) -> Mapping[str, Array]:
+        """Returns its numbers by the checkpoint's names; empty where the runtime keeps them."""
+        return {}
+
     def close(self) -> None:  # noqa: B027  (most have nothing to give back)
         """Gives back what the runtime holds; the engine cannot be called afterwards."""
 

@@ -87,6 +87,10 @@ class TorchEngine(Engine):
                 hint="If it ran out of memory, type a smaller --batch.",
             ) from error
 
+    def weights(self) -> Mapping[str, Array]:
+        """Returns its state dict."""
+        return {name: value.cpu().numpy() for name, value in self.network.state_dict().items()}
+
     def describe(self) -> dict[str, Any]:
         """Returns what identifies the runtime, for reports."""
         return {**super().describe(), "runtime": f"torch {torch.__version__}"}

@@ -76,7 +76,7 @@ def export_network(network: nn.Module, spec: ModelSpec, path: Path, *, opset: in
     try:
         # Opened first: a folder that cannot be made fails before the long work.
         with whole_file(path) as partial:
-            model = _trace(network, spec, opset)
+            model = trace_network(network, spec, opset=opset)
             _strip_provenance(model)
             onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
             model.producer_name, model.producer_version = "ddpm-deploy", spec.tool_version
@@ -98,7 +98,8 @@ def export_network(network: nn.Module, spec: ModelSpec, path: Path, *, opset: in
     )
 
 
-def _trace(network: nn.Module, spec: ModelSpec, opset: int) -> onnx.ModelProto:
+def trace_network(network: nn.Module, spec: ModelSpec, *, opset: int = 20) -> onnx.ModelProto:
+    """Returns a network as ONNX, unchecked and without its spec; arguments as `export_network`."""
     batch = 2  # an example of 1 would be taken for a constant
     inputs = {
         "x": torch.zeros(batch, *spec.sample_shape),

@@ -45,4 +45,7 @@ def merged(causes: Iterable[Cause]) -> tuple[Cause, ...]:
     found: dict[str, Cause] = {}
     for cause in causes:
         found.setdefault(cause.name, cause)
+    inside = [c for c in found.values() if c.certain and c.place in {"network", "precision"}]
+    if inside:  # it is known where, so it need not be said that it is somewhere
+        found.pop("network", None)
     return tuple(sorted(found.values(), key=lambda cause: not cause.certain))

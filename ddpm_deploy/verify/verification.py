@@ -43,6 +43,7 @@ class Verification:
         command: What was typed; empty where it was called from Python.
         pixels: The last pictures of the reference and of the deployed side, uint8 (N, H, W, C);
             None where the loop did not come to its end.
+        bisection: A walk through both graphs in JSON's types; None where none was made.
     """
 
     comparison: Comparison
@@ -57,6 +58,7 @@ class Verification:
     seconds: float
     command: tuple[str, ...] = ()
     pixels: tuple[Pixels, Pixels] | None = None
+    bisection: Mapping[str, Any] | None = None
 
     @property
     def passed(self) -> bool:
@@ -79,6 +81,7 @@ class Verification:
             "sampled": {**asdict(self.sampled), "share": self.sampled.share},
             "seconds": self.seconds,
             "command": list(self.command),
+            "bisection": self.bisection,
             **found,
         }
 

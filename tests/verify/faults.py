@@ -148,7 +148,8 @@ def v_for_epsilon(world: World) -> Engine:
 
 def nan_from(world: World, t_bad: int) -> Engine:
     def broken(out: Samples, x: Samples, t: Array) -> Samples:
-        return np.where((t <= t_bad).reshape(-1, 1, 1, 1), np.float32(np.nan), out)
+        bad = (t <= t_bad).reshape(-1, 1, 1, 1)
+        return np.where(bad, np.float32(np.nan), out).astype(np.float32)
 
     return Wrong(world.good, out=broken)
 

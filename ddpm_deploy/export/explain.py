@@ -1,0 +1,252 @@
+"""What is wrong inside a network that `verify` found to be another, read off the graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ddpm_deploy.arrays import Array
+from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES, Engine, needs
+from ddpm_deploy.errors import DDPMDeployError, ExportError
+from ddpm_deploy.export.bisect import Bisection, NotFinite, TensorError, bisect_graphs
+from ddpm_deploy.export.compare import differences, weight_differences
+from ddpm_deploy.export.difference import Difference
+from ddpm_deploy.export.onnx_file import load_graph, weight_files
+from ddpm_deploy.files import sha256
+from ddpm_deploy.parity import TOLERANCE
+from ddpm_deploy.verify.cause import Cause
+from ddpm_deploy.verify.compare import Side
+from ddpm_deploy.verify.verification import Verification
+
+LOOSE = ("weights-rounded",)
+"""Differences that a healthy engine may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """A walk through both graphs, and what to say of it.
+
+    Attributes:
+        bisection: What was found.
+        k: The transition whose x_t was fed.
+        t: Its timestep.
+    """
+
+    bisection: Bisection
+    k: int
+    t: int
+
+    def causes(self) -> Iterator[Cause]:
+        """Yields the node that is to blame."""
+        found = self.bisection
+        if found.not_finite is not None:
+            yield _ended(found.not_finite, self.t)
+        first = found.first or found.crossing
+        if first is None:
+            return
+        others = [_said(jump) for jump in found.jumps if jump.tensor != first.tensor][:2]
+        yield Cause(
+            name="node",
+            place="network",
+            says=f"The first node that differs is {first.node}.",
+            evidence=(
+                f"{_said(first)}; on the reference's x_t at t = {self.t}, budget "
+                f"{found.budget:.0e}, {len(found.tensors)} tensors compared",
+                *others,
+            ),
+            mend="Compare that layer with the checkpoint's.",
+            certain=found.first is not None,
+        )
+
+    def lines(self) -> list[str]:
+        """Returns the walk in words, a line each."""
+        found = self.bisection
+        if not found.tensors:
+            return ["no node was compared"]
+        head = f"{len(found.tensors)} tensors compared at t = {self.t}"
+        if found.first is None and found.not_finite is None:
+            head += f"; no node by itself is beyond {found.budget:.0e}; the largest:"
+        return [head, *(f"  {_said(jump)}" for jump in found.jumps)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON's types."""
+        found = self.bisection
+        return {
+            "k": self.k,
+            "t": self.t,
+            "budget": found.budget,
+            "compared": len(found.tensors),
+            "uncompared": found.uncompared,
+            "first": found.first and _plain(found.first),
+            "jumps": [_plain(jump) for jump in found.jumps],
+            "not_finite": found.not_finite and str(found.not_finite),
+        }
+
+
+def explain(reference: Side, engine: Side) -> list[Cause]:
+    """Returns what the files themselves show: a stale plan, other weights, another operator.
+
+    Args:
+        reference: The reference side of a verification that failed.
+        engine: Its deployed side.
+    """
+    if not (isinstance(engine, Engine) and isinstance(reference, Engine)):
+        return []
+    causes = list(_stale(reference, engine))
+    graph = source_graph(engine)
+    if graph is None:
+        return causes
+    try:
+        given = load_graph(graph)
+        wanted = source_graph(reference)
+        if wanted is not None:
+            listed = differences(load_graph(wanted), given)
+        elif weights := reference.weights():
+            listed = weight_differences(weights, given)
+        else:
+            return causes
+    except DDPMDeployError:  # a graph that cannot be read has been run all the same
+        return causes
+    return [*causes, *(_cause(one, engine) for one in listed)]
+
+
+def walk(
+    found: Verification, reference: Engine, engine: Engine, *, threads: int | None = None
+) -> Walk:
+    """Walks both graphs layer by layer on the x_t where the network differs most.
+
+    A checkpoint is traced for it, which takes as long as its export; of a plan the graph is taken
+    that it was built from.
+
+    Raises:
+        ExportError: One of them has no graph here, or they have no tensor in common.
+        EngineError: One of them cannot be run.
+        MissingDependencyError: PyTorch or ONNX Runtime is missing.
+    """
+    result = found.comparison
+    if result.not_finite is not None:
+        k, t, x_t = result.not_finite.k, result.not_finite.t, result.not_finite.x_t
+    else:
+        worst = max(
+            result.kept,
+            key=lambda pair: float(np.abs(pair.local_given.out - pair.local_wanted.out).max()),
+        )
+        k, t, x_t = worst.k, worst.local_given.t, worst.local_given.x_t
+    feeds: dict[str, Array] = {
+        "x": x_t,
+        "t": np.full(len(x_t), t, np.int64),
+        **found.recipe.conditions(engine, found.images),
+    }
+    budget = result.budget.bound("local", "out") or TOLERANCE
+    bisection = bisect_graphs(
+        _graph(reference),
+        _graph(engine),
+        feeds,
+        budget=budget,
+        threads=threads,
+    )
+    return Walk(bisection=bisection, k=k, t=t)
+
+
+def source_graph(engine: Engine) -> Path | None:
+    """Returns the ONNX file of an engine, or that a plan was built from, where it is here."""
+    if engine.path.suffix == ".onnx":
+        return engine.path
+    if engine.path.suffix == ".plan":
+        graph = _built_from(engine)
+        return graph[0] if graph and graph[1] else None
+    return None
+
+
+def _built_from(engine: Engine) -> tuple[Path, bool] | None:
+    """Returns the graph that a plan's sidecar names, and whether it is still the same."""
+    from ddpm_deploy.engines.plan import read_record  # noqa: PLC0415
+
+    record = read_record(engine.path)
+    graph = engine.path.parent / record.graph
+    if not graph.is_file():
+        return None
+    return graph, sha256(graph, *weight_files(graph)) == record.graph_sha256
+
+
+def _stale(reference: Engine, engine: Engine) -> Iterator[Cause]:
+    if engine.path.suffix != ".plan":
+        return
+    graph = _built_from(engine)
+    if graph is not None and not graph[1]:
+        yield Cause(
+            name="stale-plan",
+            place="file",
+            says=f"{engine.path} was built from another {graph[0].name} than stands beside it.",
+            evidence=(f"the SHA-256 of {graph[0]} is not the one in its sidecar",),
+            mend=f"Build it again: ddpm-deploy build {graph[0]}",
+            certain=reference.path == graph[0],
+        )
+
+
+def _graph(engine: Engine) -> onnx.ModelProto:
+    path = source_graph(engine)
+    if path is not None:
+        return load_graph(path)
+    if engine.path.suffix in CHECKPOINT_SUFFIXES:
+        with needs("torch", extra="export"):
+            from ddpm_deploy.export.to_onnx import trace_network  # noqa: PLC0415
+            from ddpm_deploy.model import load_network  # noqa: PLC0415
+        loaded = load_network(engine.path, spec=engine.spec)
+        return trace_network(loaded.network, engine.spec)
+    raise ExportError(
+        f"The graph that {engine.path} was built from is not here, and a plan cannot be walked.",
+        hint="Copy it beside the plan, or walk the graph: ddpm-deploy verify --bisect "
+        "--engine unet.onnx --against ckpt.pt",
+    )
+
+
+def _cause(one: Difference, engine: Engine) -> Cause:
+    loose = one.kind in LOOSE
+    healthy = loose and engine.precision != "fp32"
+    return Cause(
+        name=one.kind,
+        place="precision" if loose else "network",
+        says=f"In {one.where}: {one.says}",
+        evidence=(
+            "read off both files"
+            + ("; rounded weights alone are what half precision does" if healthy else ""),
+        ),
+        mend="Export the network again from its checkpoint.",
+        certain=not loose,
+    )
+
+
+def _ended(found: NotFinite, t: int) -> Cause:
+    over = found.limit is not None and found.largest_input > found.limit
+    return Cause(
+        name="overflow" if over else "not-finite",
+        place="precision" if over else "network",
+        says=f"The first node whose numbers are not finite: {found}.",
+        evidence=(f"image {found.image} of those compared, at t = {t}",),
+        mend="Build with --bf16, whose range is float32's, or let `build --fp16` keep the node in "
+        "float32: give it --data."
+        if over
+        else "Look at that layer's weights and input.",
+        certain=True,
+    )
+
+
+def _said(one: TensorError) -> str:
+    return f"{one.node}: {one.local:.1e} of its peak by itself, {one.error:.1e} in all"
+
+
+def _plain(one: TensorError) -> Mapping[str, Any]:
+    return {
+        "tensor": one.tensor,
+        "node": one.node.name,
+        "op_type": one.node.op_type,
+        "where": one.node.where,
+        "local": one.local,
+        "error": one.error,
+    }
