@@ -1,16 +1,18 @@
-"""A trace: some steps of a loop in a file, to compare another machine's loop with.
+"""A recorded loop: some of its steps in a file, to compare another machine's loop with.
 
 A device without PyTorch verifies itself against a trace that was recorded beside the checkpoint;
-and a loop of one's own, in any language, is verified by writing one. The file is a zip of NumPy
-arrays:
+and a loop of one's own, in any language, is verified by writing one. The file is a zip, not
+compressed, of NumPy arrays (`numpy.load` reads it too), little-endian, rows first:
 
     header      uint8: UTF-8 JSON, see `_header`
-    states_at   int64 (J,): numbers of the states that are there; state 0 is x_T, state k the
-                result of transition k
+    states_at   int64 (J,), ascending: numbers of the states that are there; state 0 is x_T, state k
+                the result of transition k
     states      float32 (J, N, *sample_shape)
-    outputs_at  int64 (K,): numbers of the transitions that are there, 1 being the noisiest
+    outputs_at  int64 (K,), ascending: numbers of the transitions that are there, 1 being the
+                noisiest
     outputs     float32 (K, N, *sample_shape): what the network predicted in them
     pictures    uint8 (N, H, W, C), where the loop made some: what it returned at the end
+    sha256      uint8 (32,): the SHA-256 of the bytes of the `.npy` files above, in that order
 
 Of transition k the states k-1 and k are there, and of the loop the last state.
 """
@@ -18,12 +20,14 @@ Of transition k the states k-1 and k are there, and of the loop the last state.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -32,7 +36,7 @@ from ddpm_deploy._version import __version__
 from ddpm_deploy.arrays import Array, Pixels, Samples
 from ddpm_deploy.errors import DDPMDeployError, TraceError
 from ddpm_deploy.files import whole_file
-from ddpm_deploy.noise import SCHEME
+from ddpm_deploy.noise import SCHEME, SeededNoise
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.sampling import Step, Table, predicted_x0
 from ddpm_deploy.spec import ModelSpec
@@ -42,6 +46,27 @@ FORMAT = 1
 """Version of the file. A reader refuses a later one."""
 
 SUFFIX = ".trace"
+
+REQUIRED = ("header", "states_at", "states", "outputs_at", "outputs")
+
+ARRAYS = (*REQUIRED, "pictures")
+"""The arrays of a file, in the order in which they are hashed."""
+
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    EOFError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,  # an array that says to be larger than it is
+    RuntimeError,  # an encrypted zip, or a nest of JSON without end
+    SyntaxError,
+    TokenError,
+    zipfile.BadZipFile,
+)
+"""What a file that is no trace makes NumPy, json and zipfile raise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,27 +125,52 @@ def record(
         pictures: uint8, (N, H, W, C), where the loop makes some itself.
         source: What made it.
 
+    Returns:
+        The trace; its arrays are copies, so the loop may write to its own again.
+
     Raises:
-        TraceError: There is no step.
+        TraceError: The loop did not come to its end, or its arrays have another dtype or shape.
+        ValueError: The recipe does not fit the network's schedule.
     """
     count = len(recipe.table(spec))
-    wanted = set(chosen_steps(count, keep or count))
+    wanted = set(chosen_steps(count, count if keep is None else keep))
+    shape = (len(images), *spec.sample_shape)
     kept: dict[int, Step] = {}
     last = None
     for last in steps:
         if last.k in wanted:
-            kept[last.k] = last
-    if last is None:
-        raise TraceError("The loop made no step, so there is nothing to record.")
+            kept[last.k] = _copied(last, shape)
+    if last is None or last.k != count or kept.keys() != wanted:
+        raise TraceError(
+            f"The loop made {'no step' if last is None else f'its last step as number {last.k}'}; "
+            f"this recipe has {count}, each by its number k from 1 on.",
+            hint="Record every step that the loop makes, in order.",
+        )
     return Trace(
         spec=spec,
         recipe=recipe,
         images=tuple(images),
         steps=kept,
-        final=last.x,
+        final=_copied(last, shape).x,
         pictures=pictures,
         source=dict(source or {}),
     )
+
+
+def _copied(step: Step, shape: tuple[int, ...]) -> Step:
+    """Returns a step with arrays of its own."""
+
+    def copy(name: str) -> Samples:
+        array = np.array(getattr(step, name))
+        if array.dtype != np.float32 or array.shape != shape:
+            raise TraceError(
+                f"{name} of step {step.k} is {array.dtype} {array.shape}; "
+                f"a trace of these images takes float32 {shape}.",
+                hint="Give numpy.asarray(x, dtype=numpy.float32), with the images in their order.",
+            )
+        return array
+
+    return replace(step, x_t=copy("x_t"), out=copy("out"), x0=copy("x0"), x=copy("x"))
 
 
 def loop_steps(loop: Loop) -> Iterable[Step]:
@@ -133,13 +183,14 @@ def loop_steps(loop: Loop) -> Iterable[Step]:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Writes a trace, whole or not at all.
+    """Writes a trace, whole or not at all; the same trace gives the same bytes.
 
     Raises:
         OSError: The file cannot be written.
     """
     states = _states(trace)
     arrays: dict[str, Array] = {
+        "header": np.frombuffer(json.dumps(_header(trace), sort_keys=True).encode(), np.uint8),
         "states_at": np.array(sorted(states), np.int64),
         "states": np.stack([states[at] for at in sorted(states)]),
         "outputs_at": np.array(sorted(trace.steps), np.int64),
@@ -147,10 +198,11 @@ def write_trace(path: Path, trace: Trace) -> None:
     }
     if trace.pictures is not None:
         arrays["pictures"] = trace.pictures
-    header = json.dumps(_header(trace, arrays), sort_keys=True).encode()
-    with whole_file(path) as partial, partial.open("wb") as file:
-        named: dict[str, Any] = {"header": np.frombuffer(header, np.uint8), **arrays}
-        np.savez_compressed(file, **named)
+    files = {name: _npy(arrays[name]) for name in ARRAYS if name in arrays}
+    files["sha256"] = _npy(_hash(files))
+    with whole_file(path) as partial, zipfile.ZipFile(partial, "w") as file:
+        for name, content in files.items():
+            file.writestr(zipfile.ZipInfo(f"{name}.npy"), content)  # noise does not compress
 
 
 def read_trace(path: Path) -> Trace:
@@ -165,30 +217,12 @@ def read_trace(path: Path) -> Trace:
             f"There is no trace {path}.",
             hint=f"Record it beside the checkpoint: ddpm-deploy trace ckpt.pt -o {path}",
         )
+    content = path.read_bytes()
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes().decode())
-        if header["format"] > FORMAT:
-            raise TraceError(
-                f"{path} has format {header['format']}; this release reads up to {FORMAT}.",
-                hint="Update ddpm-deploy here: pip install --upgrade ddpm-deploy",
-            )
-        return _trace(path, header, arrays)
+        return _trace(path, content)
     except DDPMDeployError:
         raise
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        EOFError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except _UNREADABLE as error:
         raise _damaged(path, str(error) or repr(error)) from error
 
 
@@ -199,8 +233,8 @@ def _states(trace: Trace) -> dict[int, Samples]:
     return states
 
 
-def _header(trace: Trace, arrays: Mapping[str, Array]) -> dict[str, Any]:
-    header = {
+def _header(trace: Trace) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "tool": f"ddpm-deploy {__version__}",
         "spec": trace.spec.to_dict(),
@@ -209,59 +243,128 @@ def _header(trace: Trace, arrays: Mapping[str, Array]) -> dict[str, Any]:
         "noise": SCHEME,
         "source": dict(trace.source),
     }
-    return {**header, "sha256": _hash(header, arrays)}
 
 
-def _hash(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
+def _npy(array: Array) -> bytes:
+    with io.BytesIO() as file:
+        np.save(file, array.astype(array.dtype.newbyteorder("<"), copy=False), allow_pickle=False)
+        return file.getvalue()
 
 
-def _trace(path: Path, header: dict[str, Any], arrays: dict[str, Array]) -> Trace:
-    if header.pop("sha256") != _hash(header, arrays):
-        raise _damaged(path, "its hash is another than its content's")
+def _hash(files: Mapping[str, bytes]) -> Array:
+    digest = hashlib.sha256()
+    for name in ARRAYS:
+        digest.update(files.get(name, b""))
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _trace(path: Path, content: bytes) -> Trace:
+    """Reads a file's bytes; one of `_UNREADABLE` where they are no trace."""
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        header = json.loads(_array(_file(file, "header")).tobytes().decode())
+        if header["format"] > FORMAT:
+            raise TraceError(
+                f"{path} has format {header['format']}; this release reads up to {FORMAT}.",
+                hint="Update ddpm-deploy here: pip install --upgrade ddpm-deploy",
+            )
+        names = [name for name in ARRAYS if name in REQUIRED or f"{name}.npy" in file.namelist()]
+        _check_names(file.namelist(), [f"{name}.npy" for name in (*names, "sha256")])
+        files = {name: _file(file, name) for name in names}
+        said = _array(_file(file, "sha256"))
+    if not np.array_equal(said, _hash(files)):
+        raise ValueError("its hash is another than its content's")
     if header["noise"] != SCHEME:
         raise TraceError(
             f"{path} was recorded with the noise {header['noise']}; this release draws {SCHEME}.",
             hint="Record it again: ddpm-deploy trace ckpt.pt",
         )
     spec = ModelSpec.from_dict(header["spec"], source=str(path))
-    recipe = _recipe(header["recipe"])
+    recipe, images = _recipe(header["recipe"]), _images(header["images"])
+    SeededNoise(recipe.seed, images, spec.sample_shape)  # both are in their ranges
     table = recipe.table(spec)
-    images = tuple(int(i) for i in header["images"])
-    samples = (len(images), *spec.sample_shape)
-    for name in ("states", "outputs"):
-        at, values = arrays[f"{name}_at"], arrays[name]
-        if values.dtype != np.float32 or values.shape != (len(at), *samples):
-            raise _damaged(path, f"{name} are {values.dtype} {values.shape}")
-    states = dict(zip(arrays["states_at"].tolist(), arrays["states"], strict=True))
+    arrays = {name: _array(files[name]) for name in names}
+    shape = (len(images), *spec.sample_shape)
+    states = _numbered("states", arrays, shape, range(len(table) + 1))
     steps = {}
-    for k, out in zip(arrays["outputs_at"].tolist(), arrays["outputs"], strict=True):
+    for k, out in _numbered("outputs", arrays, shape, range(1, len(table) + 1)).items():
         row, x_t = table[k - 1], states[k - 1]
-        x0 = predicted_x0(row, x_t, out)
-        steps[k] = Step(k=k, t=row.t, x_t=x_t, out=out, x0=x0, x=states[k])
+        steps[k] = Step(k=k, t=row.t, x_t=x_t, out=out, x0=predicted_x0(row, x_t, out), x=states[k])
     return Trace(
         spec=spec,
         recipe=recipe,
         images=images,
         steps=steps,
         final=states[len(table)],
-        pictures=arrays.get("pictures"),
-        source=header["source"],
+        pictures=_pictures(arrays["pictures"], shape) if "pictures" in arrays else None,
+        source=dict(header["source"]),
     )
 
 
+def _check_names(given: Sequence[str], wanted: Sequence[str]) -> None:
+    if more := [name for name in given if name not in wanted or given.count(name) > 1]:
+        raise ValueError(f"it holds {', '.join(more)}")
+    if missing := [name for name in wanted if name not in given]:
+        raise ValueError(f"it holds {', '.join(given)}, and not {', '.join(missing)}")
+
+
+def _file(file: zipfile.ZipFile, name: str) -> bytes:
+    """Returns the bytes of one array's file, which are not more than the zip has."""
+    info = file.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"{name} is compressed")
+    return file.read(info)
+
+
+def _array(content: bytes) -> Array:
+    array: Array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    return array
+
+
+def _numbered(
+    what: str, arrays: Mapping[str, Array], shape: tuple[int, ...], allowed: range
+) -> dict[int, Samples]:
+    """Returns the states or outputs by their number."""
+    at, values = arrays[f"{what}_at"], arrays[what]
+    if values.dtype != np.float32 or values.shape != (len(at), *shape):
+        raise ValueError(f"{what} are {values.dtype} {values.shape}, and should be {shape} each")
+    numbers = at.tolist()
+    if at.dtype != np.int64 or not set(numbers) <= set(allowed) or numbers != sorted(set(numbers)):
+        raise ValueError(f"{what} are numbered {numbers}")
+    return dict(zip(numbers, values, strict=True))
+
+
+def _pictures(pictures: Pixels, shape: tuple[int, ...]) -> Pixels:
+    """Checks pictures; samples that are none are one row of grey."""
+    count, channels, *sides = shape if len(shape) == 4 else (shape[0], 1, 1, math.prod(shape[1:]))
+    wanted = (count, *sides, channels)
+    if pictures.dtype != np.uint8 or pictures.shape != wanted:
+        raise ValueError(f"pictures are {pictures.dtype} {pictures.shape}, and should be {wanted}")
+    return pictures
+
+
+def _images(data: Sequence[Any]) -> tuple[int, ...]:
+    if not data or not all(_whole(i) for i in data):
+        raise ValueError(f"its images are {data}")
+    return tuple(data)
+
+
 def _recipe(data: Mapping[str, Any]) -> Recipe:
-    """Reads a recipe; ValueError or TypeError where it is none."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return Recipe(**fields)
+    recipe = Recipe(**fields)
+    steps = recipe.steps if isinstance(recipe.steps, tuple) else (recipe.steps or 1,)
+    whole = (recipe.seed, *steps, *(recipe.labels or ()))
+    sound = all(_whole(number) for number in whole)
+    if not sound or not all(math.isfinite(number) for number in (recipe.eta, recipe.guidance)):
+        raise ValueError(f"its recipe is {dict(data)}")
+    return recipe
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _damaged(path: Path, what: str) -> TraceError:
     return TraceError(
-        f"{path} is damaged ({what}).",
+        f"{path} is damaged, or no trace ({what.rstrip('.')}).",
         hint="Record it again: ddpm-deploy trace ckpt.pt",
     )
