@@ -86,21 +86,33 @@ class Recipe:
             EngineInputError: The network does not take these labels or guidance, or the guidance is
                 not finite.
         """
+        return self.conditions_of(engine.spec, images, called=str(engine.path))
+
+    def conditions_of(
+        self, spec: ModelSpec, images: Sequence[int], *, called: str
+    ) -> dict[str, Array]:
+        """Returns a network's conditions, where no engine of it is open.
+
+        Args:
+            spec: What the network is.
+            images: Indices of the images.
+            called: What to call the network in errors, which are those of `conditions`.
+        """
         if not math.isfinite(self.guidance):
             raise EngineInputError(
                 f"The guidance is {self.guidance}; it must be finite.",
                 hint="Type --guidance 2, or leave it out.",
             )
-        condition = engine.spec.label
+        condition = spec.label
         if condition is None:
             if self.labels is not None or self.guidance != 1:
                 raise EngineInputError(
-                    f"{engine.path} is unconditional: it takes neither labels nor guidance.",
+                    f"{called} is unconditional: it takes neither labels nor guidance.",
                     hint="Leave --label and --guidance out.",
                 )
             return {}
         classes, null = condition.classes or 1, condition.null
-        labels = self.labels or default_labels(engine.spec)
+        labels = self.labels or default_labels(spec)
         for label in labels:
             if not (0 <= label < classes or label == null):
                 raise EngineInputError(

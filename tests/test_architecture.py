@@ -77,6 +77,7 @@ INSIDE_FUNCTIONS = {
     ("data", "sklearn"): "the digits",
     ("engines.device", "cuda"): "what describes a GPU is of use where none can be asked",
     ("model.checkpoint", "safetensors"): "files of that kind",
+    ("verify.goldens", "polygraphy"): "a form that it alone reads",
 }
 
 
