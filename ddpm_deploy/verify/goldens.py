@@ -20,6 +20,8 @@ from ddpm_deploy.engines.base import needs
 from ddpm_deploy.errors import TraceError
 from ddpm_deploy.files import whole_file
 from ddpm_deploy.parity import TOLERANCE
+from ddpm_deploy.run import Recipe
+from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.verify.trace import Trace
 
 OUTPUT = "out"
@@ -41,30 +43,62 @@ class Call:
     out: Samples
 
 
+def check_calls(spec: ModelSpec, recipe: Recipe) -> None:
+    """Tells before a loop whether its steps will each be one call of the network.
+
+    Raises:
+        TraceError: They will not.
+    """
+    if recipe.guidance != 1:
+        raise TraceError(
+            f"With guidance {recipe.guidance:g} an output is made of two calls of the network, and "
+            "other tools make one.",
+            hint="Record it without --guidance.",
+        )
+    if spec.output_shape != spec.sample_shape:
+        raise TraceError(
+            f"This network gives its variance beside its prediction, {spec.output_shape} for "
+            f"{spec.sample_shape}, and a trace keeps the prediction alone.",
+            hint="Compare with the trace itself: ddpm-deploy verify",
+        )
+    if others := [c.name for c in spec.conditions if c != spec.label]:
+        raise TraceError(
+            f"This network also takes {', '.join(others)}, which a trace does not keep.",
+            hint="Compare with the trace itself: ddpm-deploy verify",
+        )
+
+
+def check_polygraphy() -> None:
+    """Tells before a loop whether Polygraphy is here.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    with needs("polygraphy", extra="tensorrt"):
+        import polygraphy  # noqa: F401
+
+
+def check_folder(folder: Path) -> None:
+    """Tells before a loop whether trtexec can be told of files in a folder.
+
+    Raises:
+        TraceError: Its name has a character that trtexec splits at.
+    """
+    if wrong := sorted(set(str(folder)) & set(",:'")):
+        raise TraceError(
+            f"trtexec splits its options at {' '.join(wrong)}, which is in {folder}.",
+            hint="Name another folder: --trtexec goldens",
+        )
+
+
 def calls(trace: Trace) -> Iterator[Call]:
     """Yields the recorded calls of the network, the noisiest first.
 
     Raises:
-        TraceError: A recorded output is no output of a single call, or is not finite.
+        TraceError: As from `check_calls`, or an output is not finite.
     """
-    if trace.recipe.guidance != 1:
-        raise TraceError(
-            f"The trace was recorded with guidance {trace.recipe.guidance:g}: its outputs are each "
-            "made of two calls of the network, and not of one.",
-            hint="Record it without --guidance.",
-        )
-    if trace.spec.output_shape != trace.spec.sample_shape:
-        raise TraceError(
-            f"This network gives its variance beside its prediction, {trace.spec.output_shape} for "
-            f"{trace.spec.sample_shape}, and a trace keeps the prediction alone.",
-            hint="Compare with the trace itself: ddpm-deploy verify",
-        )
+    check_calls(trace.spec, trace.recipe)
     conditions = trace.recipe.conditions_of(trace.spec, trace.images, called="This network")
-    if missing := [c.name for c in trace.spec.conditions if c.name not in conditions]:
-        raise TraceError(
-            f"This network also takes {', '.join(missing)}, which a trace does not keep.",
-            hint="Compare with the trace itself: ddpm-deploy verify",
-        )
     for k, step in sorted(trace.steps.items()):
         if not np.isfinite(step.out).all():
             raise TraceError(
@@ -122,18 +156,14 @@ def write_trtexec(
         steps, and exits with 1 where one is outside the tolerance.
 
     Raises:
-        TraceError: As from `calls`, or the folder's name has a character that trtexec splits at.
+        TraceError: As from `calls` and `check_folder`.
         OSError: A file cannot be written; then none appears.
 
     References:
         https://github.com/NVIDIA/TensorRT, samples/common/sampleOptions.cpp: `--loadInputs`,
         `--loadRefOutputs`, `--refPair`; sampleReporting.cpp, `exportJSONOutput`.
     """
-    if wrong := sorted(set(str(folder)) & set(",:'")):
-        raise TraceError(
-            f"trtexec splits its options at {' '.join(wrong)}, which is in {folder}.",
-            hint="Name another folder: --trtexec goldens",
-        )
+    check_folder(folder)
     made = list(calls(trace))
     with ExitStack() as stack:
         for call in made:

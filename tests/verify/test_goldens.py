@@ -14,8 +14,9 @@ import pytest
 from ddpm_deploy import ModelSpec, open_engine
 from ddpm_deploy.errors import EngineInputError, MissingDependencyError, TraceError
 from ddpm_deploy.run import Recipe
+from ddpm_deploy.spec import Condition
 from ddpm_deploy.verify import Trace, engine_loop, record
-from ddpm_deploy.verify.goldens import calls, write_polygraphy, write_trtexec
+from ddpm_deploy.verify.goldens import calls, check_calls, write_polygraphy, write_trtexec
 from ddpm_deploy.verify.trace import loop_steps
 from tests.commands import contents
 from tests.support import tiny_spec, write_graph
@@ -67,12 +68,15 @@ def test_a_spec_is_enough_for_the_conditions_of_an_engine(tmp_path: Path) -> Non
 def test_what_is_no_call_of_the_network_is_refused(tmp_path: Path) -> None:
     guided = Recipe(sampler="ddim", steps=4, guidance=2.5)
     trace = traced(tmp_path, tiny_spec(classes=4), guided)
-    with pytest.raises(TraceError, match=r"guidance 2\.5.* made of two calls"):
+    with pytest.raises(TraceError, match=r"guidance 2\.5 an output is made of two calls"):
         write_polygraphy(tmp_path / "out", trace)
     plain = traced(tmp_path, tiny_spec(), DDIM)
     learned = replace(plain, spec=replace(plain.spec, variance="learned_range"))
     with pytest.raises(TraceError, match="keeps the prediction alone"):
         write_trtexec(tmp_path / "out", learned)
+    observing = Condition(name="seen", meaning="observation", dtype="float32", shape=(3,))
+    with pytest.raises(TraceError, match="also takes seen, which a trace does not keep"):
+        check_calls(replace(plain.spec, conditions=(observing,)), DDIM)
     plain.steps[2].out[0, 0, 0, 0] = np.inf
     with pytest.raises(TraceError, match=r"output of step 2 \(t = 10\) is not finite"):
         write_polygraphy(tmp_path / "out", plain)
