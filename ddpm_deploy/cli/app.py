@@ -19,6 +19,7 @@ COMMANDS = (
     "build",
     "sample",
     "verify",
+    "trace",
     "nll",
     "noise",
     "bench",
