@@ -61,8 +61,12 @@ def _rule(name: str) -> dict[str, Any]:
         "spec": f"Reference and engine agree in {rest}.",
         "steps": "Both loops have as many steps.",
         "finite": "All numbers are finite.",
+        "state": "x is float32 in the loop.",
+        "pixels": "Enough of the last pictures' values are within one level of the reference's.",
+        "equal": "Enough of the last pictures' values are equal to the reference's.",
+        "bias": "The last pictures are as bright as the reference's.",
         "cause": "What likely explains the failures.",
-    }.get(kind, f"The last pictures' {name} is inside its budget.")
+    }.get(kind, f"{name} of the last pictures is inside its budget.")
     return {
         "id": name,
         "name": "".join(part.capitalize() for part in name.replace("-", "/").split("/")),

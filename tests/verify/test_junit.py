@@ -29,11 +29,12 @@ def test_every_check_is_a_test_case(tmp_path: Path) -> None:
     found = verified(tmp_path)
     suite = suite_of(junit(found))
     cases = suite.findall("testcase")
-    names = ["finite", "local/out/max", "accumulated/x/max", "pixels"]
-    assert [case.attrib["name"] for case in cases] == names
+    names = [case.attrib["name"] for case in cases]
+    assert names == [check.name for check in found.comparison.checks]
+    assert {"finite", "local/out/max", "accumulated/x/max", "pixels"} <= set(names)
     assert {case.attrib["classname"] for case in cases} == {"verify.my engine_onnx"}
     counts = [suite.attrib[name] for name in ("tests", "failures", "errors")]
-    assert counts == ["4", "0", "0"]
+    assert counts == [str(len(names)), "0", "0"]
     assert suite.findall(".//failure") == []
     total = sum(float(case.attrib["time"]) for case in cases)
     assert total == pytest.approx(found.seconds, abs=0.0005 * len(cases))
@@ -43,7 +44,7 @@ def test_every_check_is_a_test_case(tmp_path: Path) -> None:
 def test_a_failure_has_its_values_its_cause_and_the_command(tmp_path: Path) -> None:
     found = verified(tmp_path, bias=0.05, causes=(CAUSE,))
     suite = suite_of(junit(found))
-    assert suite.attrib["failures"] == str(len(found.comparison.failures)) == "3"
+    assert suite.attrib["failures"] == str(len(found.comparison.failures))
     case = suite.find("testcase[@name='local/out/max']")
     assert case is not None
     (failure,) = case
