@@ -14,7 +14,6 @@ from pathlib import Path
 
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.verify.budget import Arithmetic, Budget, read_budget
-from ddpm_deploy.verify.causes import merged
 from ddpm_deploy.verify.sampled import stratified
 from ddpm_deploy.verify.trace import Trace
 from ddpm_deploy.verify.verification import Verification, open_side, verify
@@ -72,8 +71,7 @@ def assert_same_model(
             with suppress(ImportError):  # onnx, which the loop does not need
                 from ddpm_deploy.export.explain import explain  # noqa: PLC0415
 
-                causes = merged([*found.causes, *explain(reference, deployed)])
-                found = replace(found, causes=causes)
+                found = replace(found, causes=explain(found, reference, deployed))
     if not found.passed:
         raise AssertionError(_said(engine, against, found))
     return found

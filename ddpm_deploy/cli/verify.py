@@ -128,6 +128,8 @@ def command(
         deployed = open_side(stack, engine, threads=threads, device=device)
         reference = open_side(stack, against, spec=deployed.spec, threads=threads, device=device)
         _check_loop(ctx, {engine: deployed, against: reference})
+        if bisect:
+            _check_bisect({engine: deployed, against: reference})
         recipe = Recipe(
             seed=seed,
             sampler=cast("Sampler | None", sampler),
@@ -151,7 +153,11 @@ def command(
                 on_start=watch.start,
                 on_step=watch.step,
             )
-        found, lines = _explained(found, reference, deployed, bisect=bisect, threads=threads)
+        if not found.passed:
+            found = _explained(found, reference, deployed)
+        lines: list[str] = []
+        if bisect:
+            found, lines = _walked(found, reference, deployed, threads)
         for path, partial in reports.items():
             partial.write_text(_text(path.suffix, found), encoding="utf-8")
     for path in reports:
@@ -204,39 +210,51 @@ def _default(side: Side) -> Budget:
     return Budget.of(side.precision if isinstance(side, Engine) else "fp32")
 
 
-def _explained(
-    found: Verification, reference: Side, deployed: Side, *, bisect: bool, threads: int | None
+def _check_bisect(sides: Mapping[Path, Side]) -> None:
+    """Says before the loop that there is nothing to walk, or nothing to walk it with."""
+    from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.errors import ParityError
+    from ddpm_deploy.verify.trace import Trace
+
+    for path, side in sides.items():
+        if isinstance(side, Trace):
+            raise ParityError(
+                f"{path} is a trace, which has no graph that --bisect could walk.",
+                hint="Leave --bisect out, or give two engines.",
+            )
+    with needs("onnx", extra="export"):
+        import ddpm_deploy.export.explain  # noqa: F401
+
+
+def _explained(found: Verification, reference: Side, deployed: Side) -> Verification:
+    """Adds what the graphs show, where onnx is there to read them."""
+    from dataclasses import replace
+
+    from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.errors import MissingDependencyError
+
+    try:
+        with needs("onnx", extra="export"):
+            from ddpm_deploy.export.explain import explain
+    except MissingDependencyError:
+        return found
+    note("outside the budget; looking for the cause in both files")
+    return replace(found, causes=explain(found, reference, deployed))
+
+
+def _walked(
+    found: Verification, reference: Side, deployed: Side, threads: int | None
 ) -> tuple[Verification, list[str]]:
-    """Adds what the graphs say, where something is wrong or was asked for; and the walk's lines."""
+    """Walks both graphs; returns what that adds, and its lines."""
     from dataclasses import replace
 
     from ddpm_deploy.engines import Engine
-    from ddpm_deploy.engines.base import needs
-    from ddpm_deploy.errors import MissingDependencyError, ParityError
+    from ddpm_deploy.export.explain import walk
     from ddpm_deploy.verify.causes import merged
 
-    if found.passed and not bisect:
-        return found, []
-    try:
-        with needs("onnx", extra="export"):
-            from ddpm_deploy.export.explain import explain, walk
-    except MissingDependencyError:
-        if bisect:
-            raise
-        return found, []
-    more = [] if found.passed else explain(reference, deployed)
-    if not bisect:
-        return replace(found, causes=merged([*found.causes, *more])), []
-    if not (isinstance(reference, Engine) and isinstance(deployed, Engine)):
-        raise ParityError(
-            "A trace has no graph that --bisect could walk.",
-            hint="Leave --bisect out, or give two engines.",
-        )
     note("walking both graphs, layer by layer")
-    walked = walk(found, reference, deployed, threads=threads)
-    if not found.passed:
-        more = [*walked.causes(), *more]
-    causes = merged([*found.causes, *more])
+    walked = walk(found, cast("Engine", reference), cast("Engine", deployed), threads=threads)
+    causes = found.causes if found.passed else merged([*found.causes, *walked.causes()])
     return replace(found, causes=causes, bisection=walked.to_dict()), walked.lines()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,20 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ddpm_deploy.arrays import Array
+from ddpm_deploy.arrays import Array, Samples
 from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES, Engine, needs
 from ddpm_deploy.errors import DDPMDeployError, ExportError
 from ddpm_deploy.export.bisect import Bisection, NotFinite, TensorError, bisect_graphs
 from ddpm_deploy.export.compare import differences, weight_differences
 from ddpm_deploy.export.difference import Difference
+from ddpm_deploy.export.lift import lift
 from ddpm_deploy.export.onnx_file import load_graph, weight_files
 from ddpm_deploy.files import sha256
-from ddpm_deploy.parity import TOLERANCE
+from ddpm_deploy.parity import TOLERANCE, relative_error
 from ddpm_deploy.verify.cause import Cause
+from ddpm_deploy.verify.causes import merged
 from ddpm_deploy.verify.compare import Side
 from ddpm_deploy.verify.verification import Verification
-
-LOOSE = ("weights-rounded",)
-"""Differences that a healthy engine may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,31 +88,93 @@ class Walk:
         }
 
 
-def explain(reference: Side, engine: Side) -> list[Cause]:
-    """Returns what the files themselves show: a stale plan, other weights, another operator.
+def explain(found: Verification, reference: Side, engine: Side) -> tuple[Cause, ...]:
+    """Returns a verification's causes with what the files show, the certain ones first.
+
+    That is a stale plan, other weights, another operator, or a part in half precision. Where the
+    weights of a checkpoint explain nothing, it is traced, which takes as long as its export.
 
     Args:
-        reference: The reference side of a verification that failed.
+        found: A verification that failed.
+        reference: Its reference side.
         engine: Its deployed side.
     """
     if not (isinstance(engine, Engine) and isinstance(reference, Engine)):
-        return []
-    causes = list(_stale(reference, engine))
+        return found.causes
+    causes = [*found.causes, *_stale(reference, engine)]
     graph = source_graph(engine)
-    if graph is None:
-        return causes
-    try:
-        given = load_graph(graph)
-        wanted = source_graph(reference)
-        if wanted is not None:
-            listed = differences(load_graph(wanted), given)
-        elif weights := reference.weights():
-            listed = weight_differences(weights, given)
-        else:
-            return causes
-    except DDPMDeployError:  # a graph that cannot be read has been run all the same
-        return causes
-    return [*causes, *(_cause(one, engine) for one in listed)]
+    known = any(cause.certain for cause in causes)
+    if graph is not None and (known or _is_off(found)):
+        with suppress(DDPMDeployError):  # a graph that cannot be read has been run all the same
+            given = load_graph(graph)
+            parts = [] if known else _parts(found, engine, given)
+            listed = _listed(reference, engine, given, known=known or bool(parts))
+            causes += [*parts, *(_cause(one, engine) for one in listed)]
+    return merged(causes)
+
+
+def _is_off(found: Verification) -> bool:
+    """Tells whether the network itself is outside its budget, or ends."""
+    result = found.comparison
+    bound = result.budget.bound("local", "out") or TOLERANCE
+    errors = (step.local.out.max for step in result.steps)
+    return result.not_finite is not None or max(errors, default=0.0) > bound
+
+
+def _listed(
+    reference: Engine, engine: Engine, given: onnx.ModelProto, *, known: bool
+) -> list[Difference]:
+    graph = source_graph(reference)
+    if graph is not None:
+        return differences(load_graph(graph), given)
+    listed = weight_differences(reference.weights(), given) if reference.weights() else []
+    if known or not all(_healthy(one, engine) for one in listed):
+        return listed
+    return differences(_graph(reference), given)
+
+
+def _parts(found: Verification, engine: Engine, given: onnx.ModelProto) -> list[Cause]:
+    """Names the half-precision part without which the network is inside its budget."""
+    pairs = [pair for pair in found.comparison.kept if pair.finite]
+    pairs.sort(key=lambda pair: -relative_error(pair.local_given.out, pair.local_wanted.out))
+    calls = [
+        (_feeds(found, engine, pair.local_given.x_t, pair.local_given.t), pair.local_wanted.out)
+        for pair in pairs[:3]
+    ]
+    if not calls or found.recipe.guidance != 1:
+        return []
+    causes = []
+    for one in lift(given, calls):
+        if one.after < one.before / 4:
+            name, words, mend = _PARTS[one.part.name]
+            causes.append(
+                Cause(
+                    name=name,
+                    place="precision",
+                    says=words,
+                    evidence=(
+                        f"with the {len(one.part.tensors)} tensors of it in float32 the output is "
+                        f"off by {one.after:.1e} of its peak; as it is, by {one.before:.1e}",
+                    ),
+                    mend=mend,
+                    certain=True,
+                )
+            )
+    return causes
+
+
+_PARTS = {
+    "conditioning": (
+        "half-precision-embedding",
+        "The embedding of t, or what else depends on the conditions alone, is in half precision.",
+        "Keep it in float32: `ddpm-deploy build --fp16` from the float32 graph does.",
+    ),
+    "statistics": (
+        "half-precision-statistics",
+        "Normalisation or softmax is computed in half precision.",
+        "Keep them in float32: `ddpm-deploy build --fp16` from the float32 graph does.",
+    ),
+}
 
 
 def walk(
@@ -137,20 +199,20 @@ def walk(
             key=lambda pair: float(np.abs(pair.local_given.out - pair.local_wanted.out).max()),
         )
         k, t, x_t = worst.k, worst.local_given.t, worst.local_given.x_t
-    feeds: dict[str, Array] = {
-        "x": x_t,
-        "t": np.full(len(x_t), t, np.int64),
-        **found.recipe.conditions(engine, found.images),
-    }
     budget = result.budget.bound("local", "out") or TOLERANCE
     bisection = bisect_graphs(
         _graph(reference),
         _graph(engine),
-        feeds,
+        _feeds(found, engine, x_t, t),
         budget=budget,
         threads=threads,
     )
     return Walk(bisection=bisection, k=k, t=t)
+
+
+def _feeds(found: Verification, engine: Engine, x_t: Samples, t: int) -> dict[str, Array]:
+    conditions = found.recipe.conditions(engine, found.images)
+    return {"x": x_t, "t": np.full(len(x_t), t, np.int64), **conditions}
 
 
 def source_graph(engine: Engine) -> Path | None:
@@ -206,19 +268,23 @@ def _graph(engine: Engine) -> onnx.ModelProto:
     )
 
 
+def _healthy(one: Difference, engine: Engine) -> bool:
+    """Tells whether a difference is what half precision does, in an engine that says it has it."""
+    return one.kind == "weights-rounded" and engine.precision != "fp32"
+
+
 def _cause(one: Difference, engine: Engine) -> Cause:
-    loose = one.kind in LOOSE
-    healthy = loose and engine.precision != "fp32"
+    healthy = _healthy(one, engine)
     return Cause(
         name=one.kind,
-        place="precision" if loose else "network",
+        place="precision" if one.kind == "weights-rounded" else "network",
         says=f"In {one.where}: {one.says}",
         evidence=(
             "read off both files"
             + ("; rounded weights alone are what half precision does" if healthy else ""),
         ),
         mend="Export the network again from its checkpoint.",
-        certain=not loose,
+        certain=not healthy,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.defs import ONNX_DOMAIN
 
 from ddpm_deploy.arrays import Array
@@ -20,6 +20,7 @@ from ddpm_deploy.export.places import places
 
 _PART = re.compile(r"(?P<whole>.+)\.\d+(?:\.(?P<name>.+))?")
 _STANDARD = ("", ONNX_DOMAIN)
+_HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 _SAME_AS = {
     # What ONNX Runtime fuses, by the operator that gave its output its name.
@@ -66,6 +67,7 @@ class Plain:
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = model.graph
         self._makers = producers(graph)
+        self._halves = half_tensors(graph)
         self.opset = max(o.version for o in model.opset_import if o.domain in _STANDARD)
         self.weights = {self.name(n): tensor for n, tensor in constants(graph).items()}
         where = places(graph)
@@ -92,6 +94,11 @@ class Plain:
             tensor = match["name"] or match["whole"]
         for ending in (".half", ".float", ".rounded", ".exact"):
             tensor = tensor.removesuffix(ending)
+        maker = self._makers.get(tensor)
+        if is_op(maker, "Cast") and maker is not None:
+            source = maker.input[0]
+            if tensor in self._halves or source in self._halves:  # a float, in another width
+                return self.name(source)
         return tensor
 
     def _is_join(self, tensor: str) -> bool:
@@ -115,6 +122,20 @@ class Plain:
                 needed.add(node.output[0])
                 wanted += reads(node)
         return needed
+
+
+def half_tensors(graph: onnx.GraphProto) -> set[str]:
+    """Returns the tensors in half precision, by the casts and weights that they come from."""
+    halves = {tensor.name for tensor in graph.initializer if tensor.data_type in _HALF}
+    for node in graph.node:
+        if is_op(node, "Cast"):
+            to = next(a.i for a in node.attribute if a.name == "to")
+            half = to in _HALF
+        else:
+            half = any(name in halves for name in node.input)
+        if half:
+            halves.update(node.output)
+    return halves
 
 
 class Pair:

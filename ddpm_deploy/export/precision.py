@@ -54,6 +54,11 @@ STATISTICS = "statistics: normalisation, softmax, powers and sums"
 ENDS = "first and last product: x is read and the output written unrounded"
 
 
+def is_statistics(node: onnx.NodeProto) -> bool:
+    """Tells whether a node is of normalisation, softmax, or what they are made of."""
+    return node.op_type not in PRODUCTS | MOVES | POINTWISE
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
     """A graph in mixed precision.
@@ -218,7 +223,7 @@ class _Choice:
                 dependent.update(node.output)
             else:
                 reasons[node.output[0]] = CONDITIONING
-            if node.op_type not in PRODUCTS | MOVES | POINTWISE:
+            if is_statistics(node):
                 reasons.setdefault(node.output[0], STATISTICS)
             elif any(
                 np.abs(_values(self.constants[name])).max(initial=0) > LARGEST[self.precision]

@@ -47,5 +47,6 @@ def merged(causes: Iterable[Cause]) -> tuple[Cause, ...]:
         found.setdefault(cause.name, cause)
     inside = [c for c in found.values() if c.certain and c.place in {"network", "precision"}]
     if inside:  # it is known where, so it need not be said that it is somewhere
-        found.pop("network", None)
+        for vague in ("network", "reduced-precision"):
+            found.pop(vague, None)
     return tuple(sorted(found.values(), key=lambda cause: not cause.certain))

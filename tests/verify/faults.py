@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ddpm_deploy import Engine, Recipe, SeededNoise, Step, cosine, linear
 from ddpm_deploy.arrays import Array, Samples
@@ -193,7 +194,7 @@ NETWORKS: Mapping[str, tuple[str, Plant]] = {
     "T - 1 - t": ("timestep-reversed", lambda w: Wrong(w.good, t=lambda t: 999 - t)),
     "t in bf16": (
         "half-precision-timestep",
-        lambda w: Wrong(w.good, t=lambda t: np.array([bf16(v) for v in t.astype(np.float32)])),
+        lambda w: Wrong(w.good, t=lambda t: np.array([bf16(int(v)) for v in t])),
     ),
     "t traced as a constant": ("timestep-constant", lambda w: Wrong(w.good, t=lambda t: 0 * t + 1)),
     "the next label": ("swapped-label", lambda w: Wrong(w.good, y=lambda y: (y + 1) % 10)),
@@ -202,7 +203,7 @@ NETWORKS: Mapping[str, tuple[str, Plant]] = {
         "transposed-image",
         lambda w: Wrong(w.good, x=lambda x: x.swapaxes(2, 3)),
     ),
-    "x in [0, 1]": ("wrong-value-range", lambda w: Wrong(w.good, x=lambda x: (x + 1) / 2)),
+    "x in [0, 1]": ("wrong-value-range", lambda w: Wrong(w.good, x=lambda x: x / 2 + 0.5)),
     "-ε": ("output-sign", lambda w: Wrong(w.good, out=lambda out, x, t: -out)),
     "v for ε": ("wrong-prediction", v_for_epsilon),
     "NaN from t = 400": ("not-finite", lambda w: nan_from(w, 400)),
@@ -222,7 +223,5 @@ PICTURES: Mapping[str, tuple[str, Plant]] = {
 }
 
 
-def bf16(value: np.float32) -> int:
-    import torch
-
+def bf16(value: int) -> int:
     return int(torch.tensor(float(value)).bfloat16().item())

@@ -113,7 +113,7 @@ def nudge(model: onnx.ModelProto) -> None:
     draw = np.random.default_rng(0)
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
-        if tensor.data_type == TensorProto.FLOAT and array.size > 1:
+        if tensor.data_type == TensorProto.FLOAT and array.size >= 8:
             noise = 0.01 * array.std() * draw.standard_normal(array.shape)
             moved = (array + noise).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
@@ -126,6 +126,7 @@ def tail(array: Array) -> Array:
 
 
 KERNEL = "down1.maxpool_conv.1.double_conv.0.weight"
+LAST = "outc.weight"
 BIAS = "outc.bias"
 LINEAR = "down1.emb_layer.1.bias"
 
@@ -135,13 +136,13 @@ GRAPHS: Mapping[str, tuple[str, Edit]] = {
     "nearest for bilinear": ("resize", nearest),
     "q and k exchanged": ("q-k-swapped", swap_q_and_k),
     "a kernel transposed": (
-        "weight-flipped",
+        "weight-transposed",
         weight(KERNEL, lambda w: w.transpose(0, 1, 3, 2)),
     ),
     "a weight truncated": ("weight-truncated", weight(KERNEL, tail)),
     "a bias missing": ("bias-missing", weight(BIAS, lambda b: 0 * b)),
     "another bias missing": ("bias-missing", weight(LINEAR, lambda b: 0 * b)),
-    "a weight scaled": ("weight-scaled", weight(KERNEL, lambda w: 1.01 * w)),
+    "a weight scaled": ("weight-scaled", weight(LAST, lambda w: 1.01 * w)),
     "angles in fp16": ("half-precision-embedding", half_embedding),
     "weights in fp16": ("weights-rounded", half_weights),
     "online for average": ("other-weights", nudge),
