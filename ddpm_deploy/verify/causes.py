@@ -31,7 +31,7 @@ def _all(evidence: Evidence, pixels: tuple[Pixels, Pixels] | None) -> Iterator[C
     yield from file_causes(evidence)
     sampler = list(sampler_causes(evidence))
     yield from sampler
-    if evidence.step_is_off and not sampler:
+    if not sampler:
         yield from noise_causes(evidence)
     inputs = list(input_causes(evidence))
     yield from inputs

@@ -316,20 +316,25 @@ _SAID = {"out": "the output", "x0": "x_0", "x": "x"}
 
 def half_state(pairs: Sequence[Pair]) -> str | None:
     """Returns `fp16` or `bf16` where the deployed x are all numbers of it, the reference's not."""
-    for name, is_half in (("fp16", _is_fp16), ("bf16", _is_bf16)):
-        given = bool(pairs) and all(is_half(pair.given.x) for pair in pairs)
-        if given and not any(is_half(pair.wanted.x) for pair in pairs):
+    for name, to in (("fp16", to_fp16), ("bf16", to_bf16)):
+        given = bool(pairs) and all(np.array_equal(to(p.given.x), p.given.x) for p in pairs)
+        if given and not any(np.array_equal(to(p.wanted.x), p.wanted.x) for p in pairs):
             return name
     return None
 
 
-def _is_fp16(x: Samples) -> bool:
+def to_fp16(x: Samples) -> Samples:
+    """Returns x rounded to fp16, as float32."""
     with np.errstate(over="ignore"):
-        return bool(np.array_equal(x.astype(np.float16).astype(np.float32), x))
+        return x.astype(np.float16).astype(np.float32)
 
 
-def _is_bf16(x: Samples) -> bool:
-    return not bool(np.any(np.ascontiguousarray(x).view(np.uint32) & 0xFFFF))
+def to_bf16(x: Samples) -> Samples:
+    """Returns x rounded to bf16, to the nearest even, as float32; finite numbers alone."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
 
 
 def differing_fields(reference: ModelSpec, engine: ModelSpec) -> dict[str, str]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm_deploy import Engine, Recipe, SeededNoise, Step, cosine, linear
-from ddpm_deploy.arrays import Array, Samples
+from ddpm_deploy import Engine, Recipe, Schedule, SeededNoise, Step, cosine, linear
+from ddpm_deploy.arrays import Array, Coefficients, Samples
 from ddpm_deploy.images import to_pixels
 from ddpm_deploy.sampling import Transition
 from ddpm_deploy.verify import Loop, Trace, engine_loop, record
@@ -63,6 +63,10 @@ class World:
         given = {"predict": loop.predict, "table": loop.table, "noise": loop.noise}
         return Loop(**{**given, **changes}, spec=self.good.spec)
 
+    @property
+    def beta(self) -> Coefficients:
+        return self.good.spec.schedule.beta
+
     def table(self, **changes: Any) -> list[Transition]:
         """Returns the healthy table with each row's entries changed."""
         rows = self.recipe.table(self.good.spec)
@@ -84,9 +88,36 @@ class World:
 class HalfState(Loop):
     """A loop that keeps x in half precision."""
 
+    rounding: Callable[[Samples], Samples]
+
     def step(self, k: int, x: Samples) -> Step:
         step = super().step(k, x)
-        return replace(step, x=step.x.astype(np.float16).astype(np.float32))
+        return replace(step, x=self.rounding(step.x))
+
+
+def half_state(world: World, rounding: Callable[[Samples], Samples]) -> Loop:
+    good = world.loop()
+    loop = HalfState(good.predict, good.table, good.noise, spec=good.spec)
+    loop.rounding = rounding
+    return loop
+
+
+def to_fp16(x: Samples) -> Samples:
+    return x.astype(np.float16).astype(np.float32)
+
+
+def to_bf16(x: Samples) -> Samples:
+    return np.asarray(torch.from_numpy(np.array(x)).bfloat16().float().numpy(), np.float32)
+
+
+def frozen(world: World) -> Callable[[int], Samples]:
+    right = SeededNoise(world.recipe.seed, world.images, world.good.spec.sample_shape)
+    return lambda k: right(min(k, 1))
+
+
+def small_start(world: World) -> Callable[[int], Samples]:
+    right = SeededNoise(world.recipe.seed, world.images, world.good.spec.sample_shape)
+    return lambda k: right(k) if k else np.float32(0.8) * right(0)
 
 
 def last_noise(world: World) -> Loop:
@@ -135,6 +166,10 @@ def strided_wrongly(world: World) -> Loop:
     return world.loop(table=rows)
 
 
+def in_0_to_1(x: Samples) -> Samples:
+    return np.asarray((x + 1) / 2, np.float32)
+
+
 def v_for_epsilon(world: World) -> Engine:
     """Gives v where ε is meant."""
     schedule = world.good.spec.schedule
@@ -181,9 +216,25 @@ LOOPS: Mapping[str, tuple[str, Callable[[World], Loop]]] = {
     "one noise for all": ("noise-shared-by-images", lambda w: w.loop(noise=shared(w))),
     "noise a step late": ("noise-off-by-one-step", lambda w: w.loop(noise=late(w))),
     "another seed": ("other-noise-seed", lambda w: w.loop(noise=other_seed(w))),
-    "fp16 state": (
-        "half-precision-state",
-        lambda w: HalfState(w.loop().predict, w.loop().table, w.loop().noise, spec=w.good.spec),
+    "fp16 state": ("half-precision-state", lambda w: half_state(w, to_fp16)),
+    "bf16 state": ("half-precision-state", lambda w: half_state(w, to_bf16)),
+    "σ² for σ": (
+        "variance-for-deviation",
+        lambda w: w.loop(table=w.table(x_from_noise=lambda row: row.x_from_noise**2)),
+    ),
+    "σ · 0.9": (
+        "noise-scale",
+        lambda w: w.loop(table=w.table(x_from_noise=lambda row: 0.9 * row.x_from_noise)),
+    ),
+    "β of t + 1": (
+        "schedule-off-by-one",
+        lambda w: w.other_spec(schedule=Schedule(np.append(w.beta[1:], w.beta[-1]), "shifted")),
+    ),
+    "one z for all steps": ("noise-of-another-step", lambda w: w.loop(noise=frozen(w))),
+    "x_T · 0.8": ("noise-scale", lambda w: w.loop(noise=small_start(w))),
+    "1 / α for 1 / √α": (
+        "sampler",
+        lambda w: w.loop(table=w.table(x_from_x=lambda row: row.x_from_x**2)),
     ),
 }
 """Faults of a loop around a healthy network, with the cause to be named."""
@@ -203,7 +254,16 @@ NETWORKS: Mapping[str, tuple[str, Plant]] = {
         "transposed-image",
         lambda w: Wrong(w.good, x=lambda x: x.swapaxes(2, 3)),
     ),
-    "x in [0, 1]": ("wrong-value-range", lambda w: Wrong(w.good, x=lambda x: x / 2 + 0.5)),
+    "x in [0, 1]": ("wrong-value-range", lambda w: Wrong(w.good, x=in_0_to_1)),
+    "x in fp16": ("half-precision-input", lambda w: Wrong(w.good, x=to_fp16)),
+    "out in bf16": (
+        "half-precision-output",
+        lambda w: Wrong(w.good, out=lambda out, x, t: to_bf16(out)),
+    ),
+    "t to the next multiple of 8": (
+        "other-timesteps",
+        lambda w: Wrong(w.good, t=lambda t: (t + 7) // 8 * 8),
+    ),
     "-ε": ("output-sign", lambda w: Wrong(w.good, out=lambda out, x, t: -out)),
     "v for ε": ("wrong-prediction", v_for_epsilon),
     "NaN from t = 400": ("not-finite", lambda w: nan_from(w, 400)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,28 @@ def test_another_eta_is_named_with_its_value(world: World, eta: float) -> None:
     found = verify(wrong, world.good, recipe, world.images)
     assert names(found) == ["wrong-eta"]
     assert found.causes[0].says == f"The deployed loop has eta {eta:g}; the reference has 0."
+
+
+def test_a_direction_from_the_raw_output_is_named(world: World) -> None:
+    recipe = Recipe(sampler="ddim", steps=25)
+    spec = world.good.spec
+    rows = []
+    for row in recipe.table(spec):
+        # Song et al. 2021, Eq. 12, with ε as the network gave it: what diffusers does by default.
+        a = spec.schedule.alpha_bar_at(row.s)
+        mean = {"x_from_x0": math.sqrt(a), "x_from_x": 0.0, "x_from_out": math.sqrt(1 - a)}
+        rows.append(replace(row, **mean))
+    noise = engine_loop(world.good, recipe, world.images)
+    loop = Loop(noise.predict, rows, noise.noise, spec=spec)
+    assert names(verify(loop, world.good, recipe, world.images)) == ["ddim-direction"]
+
+
+def test_other_timesteps_are_named_with_the_first_that_differs(world: World) -> None:
+    recipe = Recipe(sampler="ddim", steps=25)
+    trailing = engine_loop(world.good, replace(recipe, spacing="trailing"), world.images)
+    found = verify(trailing, world.good, recipe, world.images)
+    assert names(found)[0] == "other-timesteps"
+    assert "step 1 is t = 999 in place of 960" in found.causes[0].evidence[0]
 
 
 def test_guidance_that_is_left_out_is_named_with_its_value(world: World) -> None:

@@ -16,11 +16,14 @@ from ddpm_deploy.parity import relative_error
 from ddpm_deploy.run import default_labels
 from ddpm_deploy.sampling import Predictor, guided
 from ddpm_deploy.verify.cause import Cause
-from ddpm_deploy.verify.compare import Pair
+from ddpm_deploy.verify.compare import Pair, to_bf16, to_fp16
 from ddpm_deploy.verify.suspects.evidence import Change, Evidence, Experiment
 
 CLASSES = 20
 """Classes that a swapped label is looked for among."""
+
+NEAR = 16
+"""How far off a timestep is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ def input_causes(evidence: Evidence) -> Iterator[Cause]:
     if experiment is None or not evidence.network_is_off:
         return
     found: list[tuple[float, Cause]] = []
-    for suspect in (*_timesteps(experiment), *_changes(experiment)):
+    for suspect in (*_timesteps(experiment), *_changes(experiment), *_halves(experiment)):
         left = experiment.error(x=suspect.x, t=suspect.t, out=suspect.out)
         if experiment.explains(left):
             found.append((left, _cause(experiment, suspect, left)))
@@ -58,6 +61,8 @@ def input_causes(evidence: Evidence) -> Iterator[Cause]:
         found += [(0.0, cause) for cause in _of_labels(evidence, experiment)]
     if not found:
         found += [(0.0, cause) for cause in _of_output(evidence)]
+    if not found:
+        found += [(0.0, cause) for cause in _nearby(experiment)]
     for _, cause in sorted(found, key=lambda pair: pair[0])[:1]:
         yield cause
 
@@ -121,12 +126,38 @@ def _timesteps(experiment: Experiment) -> Iterator[Suspect]:
         )
 
 
-def _bf16(t: int) -> int:
-    bits = np.array(t, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(
-        0xFFFF0000
+def _nearby(experiment: Experiment) -> Iterator[Cause]:
+    """Looks for the timestep that the deployed network was fed, near the right one."""
+    if experiment.inverse:
+        return
+    found = []
+    for pair in experiment.pairs[:2]:
+        t = experiment.timestep(pair)
+        near = range(max(0, t - NEAR), min(experiment.spec.schedule.T, t + NEAR + 1))
+        errors = {
+            other: relative_error(experiment.call(pair, other), experiment.target(pair))
+            for other in near
+        }
+        best = min(errors, key=lambda other: errors[other])
+        if best == t or not experiment.explains(errors[best]):
+            return
+        found.append((t, best, errors[best]))
+    words = ", ".join(f"{best} in place of {t}" for t, best, _ in found)
+    yield Cause(
+        name="other-timesteps",
+        place="input",
+        says="The deployed network is fed other timesteps.",
+        evidence=(
+            f"t = {words}; so fed, the reference gives its outputs but for "
+            f"{max(left for *_, left in found):.1e} of the peak",
+        ),
+        mend="Feed each step's own t, as the table has it.",
+        certain=True,
     )
-    return int(rounded.view(np.float32))
+
+
+def _bf16(t: int) -> int:
+    return int(to_bf16(np.array([t], np.float32))[0])
 
 
 def _changes(experiment: Experiment) -> Iterator[Suspect]:
@@ -162,6 +193,26 @@ def _changes(experiment: Experiment) -> Iterator[Suspect]:
             says=f"The deployed network is fed x in {words}.",
             mend=f"Feed x_t itself: data were in [{low:g}, {high:g}] in training.",
             x=change,
+        )
+
+
+def _halves(experiment: Experiment) -> Iterator[Suspect]:
+    """The network is fed, or gives, numbers of half precision."""
+    if experiment.inverse:
+        return  # what rounds cannot be undone
+    for name, to in (("fp16", to_fp16), ("bf16", to_bf16)):
+        mend = "Keep x_t and the network's inputs and outputs in float32."
+        yield Suspect(
+            name="half-precision-input",
+            says=f"The deployed network is fed x rounded to {name}.",
+            mend=mend,
+            x=to,
+        )
+        yield Suspect(
+            name="half-precision-output",
+            says=f"The deployed network's output is rounded to {name}.",
+            mend=mend,
+            out=to,
         )
 
 

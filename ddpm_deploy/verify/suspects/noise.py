@@ -19,6 +19,13 @@ SAME = 1e-3
 def noise_causes(evidence: Evidence) -> Iterator[Cause]:
     """Yields what explains that x_T, or the noise of the steps, differs."""
     found = list(_drawn(evidence))
+    if len(found) > 1 and _equal(found[-1][1], found[-2][1]):
+        yield _cause(
+            "noise-of-another-step",
+            "The deployed loop adds the same noise in every step.",
+            f"{found[-2][0]} and {found[-1][0]} have the same",
+        )
+        return
     for what, given, wanted, step in found:
         cause = _named(evidence, what, given, wanted, step)
         if cause is not None:
@@ -82,11 +89,15 @@ def _elsewhere(
     evidence: Evidence, what: str, given: Samples, wanted: Samples, step: int
 ) -> Cause | None:
     """Finds the draw at another step, image or seed."""
-    for shift in (-1, 1):
-        if step + shift >= 0 and _equal(given, evidence.noise(step + shift)):
+    count = len(evidence.table)
+    for other in (step - 1, step + 1, 0, 1, count - step, count + 1 - step):
+        if other >= 0 and other != step and _equal(given, evidence.noise(other)):
+            near = abs(other - step) == 1
             return _cause(
-                "noise-off-by-one-step",
-                f"The deployed loop adds the noise of step k{shift:+d} in step k.",
+                "noise-off-by-one-step" if near else "noise-of-another-step",
+                f"The deployed loop adds the noise of step k{other - step:+d} in step k."
+                if near
+                else f"The deployed loop adds the noise of step {other} in step {step}.",
                 f"so it is in {what}",
             )
     for i, j in [(i, j) for i in range(len(given)) for j in range(len(wanted)) if i != j]:
@@ -107,6 +118,13 @@ def _elsewhere(
 
 
 def _unknown(evidence: Evidence, what: str, given: Samples, wanted: Samples) -> Cause | None:
+    scale = float(np.vdot(given, wanted) / np.vdot(wanted, wanted))
+    if abs(scale - 1) > 1e-3 and _equal(given, np.float32(scale) * wanted):
+        return _cause(
+            "noise-scale",
+            f"The deployed loop scales its noise by {scale:.3g}.",
+            f"so it is in {what}",
+        )
     likeness = abs(float(np.corrcoef(given.ravel(), wanted.ravel())[0, 1]))
     if likeness > 0.5 or not 0.8 < float(given.std()) < 1.25:
         return None

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ddpm_deploy.run import Recipe
-from ddpm_deploy.sampling import SAMPLERS, Transition
+from ddpm_deploy.sampling import SAMPLERS, Transition, predicted_x0
 from ddpm_deploy.schedule import SCHEDULES, Schedule
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.verify.cause import Cause
 from ddpm_deploy.verify.compare import Pair, half_state
 from ddpm_deploy.verify.suspects.evidence import ARITHMETIC, Evidence
+from ddpm_deploy.verify.suspects.noise import noise_causes
 
 Rows = Callable[[Pair], Transition | None]
 """Gives the row that a fault puts in a transition's place; None where it has none."""
@@ -40,30 +41,55 @@ class Suspect:
 
 
 def sampler_causes(evidence: Evidence) -> Iterator[Cause]:
-    """Yields what explains that a step's arithmetic differs."""
-    if half := _half_state(evidence):
-        yield half
-        return
-    if not evidence.step_is_off:
-        return
-    base = max(evidence.step_errors.values())
-    found = []
+    """Yields what explains that a step's arithmetic differs; its noise is for `noise_causes`."""
+    known = _other_steps(evidence) or _half_state(evidence)
+    if known is not None:
+        yield known
+    elif evidence.step_is_off:
+        base = max(evidence.step_errors.values())
+        suspect, left = _nearest(evidence)
+        if suspect is not None and left <= max(ARITHMETIC, base / 1000):
+            yield Cause(
+                name=suspect.name,
+                place="sampler",
+                says=f"The deployed loop {suspect.says}.",
+                evidence=(
+                    f"given its own output, its x_s differs from the reference's step by "
+                    f"{base:.1e} of the peak, and from that step by {left:.1e}",
+                ),
+                mend=suspect.mend,
+                certain=True,
+            )
+        elif not any(noise_causes(evidence)):
+            yield _arithmetic(evidence, base)
+
+
+def _nearest(evidence: Evidence) -> tuple[Suspect | None, float]:
+    """Returns the suspect that leaves the smallest error, and that error."""
+    best: Suspect | None = None
+    least = float("inf")
     for suspect in _suspects(evidence):
         left = _left(evidence, suspect.rows)
-        if left <= max(ARITHMETIC, base / 1000):
-            found.append((left, suspect))
-    for left, suspect in sorted(found, key=lambda pair: pair[0])[:1]:
-        yield Cause(
-            name=suspect.name,
-            place="sampler",
-            says=f"The deployed loop {suspect.says}.",
-            evidence=(
-                f"given its own output, its x_s differs from the reference's step by {base:.1e} "
-                f"of the peak, and from that step by {left:.1e}",
-            ),
-            mend=suspect.mend,
-            certain=True,
-        )
+        if left < least:
+            best, least = suspect, left
+    return best, least
+
+
+def _other_steps(evidence: Evidence) -> Cause | None:
+    """Names tables that visit other timesteps."""
+    wanted, given = ([row.t for row in loop.table] for loop in evidence.loops)
+    if wanted == given:
+        return None
+    k = next((i for i, (a, b) in enumerate(zip(wanted, given, strict=False)) if a != b), None)
+    where = "" if k is None else f"; step {k + 1} is t = {given[k]} in place of {wanted[k]}"
+    return Cause(
+        name="other-timesteps",
+        place="sampler",
+        says="The deployed loop visits other timesteps.",
+        evidence=(f"{len(given)} steps in place of {len(wanted)}{where}",),
+        mend="Sample with the same number of steps and the same spacing.",
+        certain=True,
+    )
 
 
 def _left(evidence: Evidence, rows: Rows) -> float:
@@ -107,6 +133,31 @@ def _of_the_row(evidence: Evidence) -> Iterator[Suspect]:
         mend="Add σ z with fresh z in each step, or choose DDIM with eta 0 for both.",
         rows=lambda pair: replace(evidence.row(pair), x_from_noise=0.0),
     )
+    yield Suspect(
+        name="variance-for-deviation",
+        says="multiplies its noise with σ² in place of σ",
+        mend="Take the square root of the variance.",
+        rows=lambda pair: replace(
+            evidence.row(pair), x_from_noise=evidence.row(pair).x_from_noise ** 2
+        ),
+    )
+    if evidence.recipe.sampler == "ddim":
+        yield Suspect(
+            name="ddim-direction",
+            says="takes DDIM's direction from the network's output, where x_0 was clipped",
+            mend="Derive ε again from the clipped x_0 (diffusers: use_clipped_model_output=True).",
+            rows=lambda pair: _with_raw_direction(evidence.row(pair)),
+        )
+    scale = _noise_scale(evidence)
+    if scale is not None:
+        yield Suspect(
+            name="noise-scale",
+            says=f"scales its noise by {scale:.3g}",
+            mend="Add σ z itself; a temperature is not part of the model.",
+            rows=lambda pair: replace(
+                evidence.row(pair), x_from_noise=scale * evidence.row(pair).x_from_noise
+            ),
+        )
     clip = evidence.table[0].clip
     other = None if clip is not None else evidence.spec.value_range[1]
     yield Suspect(
@@ -117,6 +168,37 @@ def _of_the_row(evidence: Evidence) -> Iterator[Suspect]:
         else "Leave x_0 unclipped.",
         rows=lambda pair: replace(evidence.row(pair), clip=other),
     )
+
+
+def _with_raw_direction(row: Transition) -> Transition:
+    """Returns a DDIM row whose direction is the network's ε, not that of the clipped x_0.
+
+    √ᾱ_s x_0 + d ε with ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t) is the row's; x_0 = (x_t - √(1-ᾱ_t) ε)/√ᾱ_t
+    gives both roots.
+    """
+    root_t = 1.0 / row.x0_from_x if row.x0_from_x else 0.0
+    noise_t = -row.x0_from_out * root_t
+    return replace(
+        row,
+        x_from_x0=row.x_from_x0 + row.x_from_x * root_t,
+        x_from_x=0.0,
+        x_from_out=row.x_from_x * noise_t,
+    )
+
+
+def _noise_scale(evidence: Evidence) -> float | None:
+    """Returns the one factor that all the noise is off by, if it is one."""
+    scales = []
+    for pair in evidence.pairs:
+        row = evidence.row(pair)
+        plain = evidence.result(pair, row, noise=False)
+        if row.log_std is None and row.x_from_noise and plain is not None:
+            z = evidence.noise(pair.k)
+            share = float(np.vdot(pair.local_given.x - plain, z) / np.vdot(z, z))
+            scales.append(share / row.x_from_noise)
+    if not scales or np.ptp(scales) > 0.02 * abs(np.median(scales)):
+        return None
+    return float(np.median(scales))
 
 
 def _variances(spec: ModelSpec, recipe: Recipe) -> Iterator[Suspect]:
@@ -270,4 +352,33 @@ def _half_state(evidence: Evidence) -> Cause | None:
         evidence=(f"all {numbers} numbers of its x_s looked at are {name}; the reference's not",),
         mend="Keep x_t, t and the step's sums in float32 beside any network.",
         certain=True,
+    )
+
+
+def _arithmetic(evidence: Evidence, base: float) -> Cause:
+    """Says how much x_0, x_t and noise go into x_s, and how much the table says."""
+    pair = max(evidence.pairs, key=lambda pair: evidence.step_errors[pair.k])
+    row, step = evidence.row(pair), pair.local_given
+    x0 = predicted_x0(row, step.x_t, step.out)
+    parts = {
+        "x_0": (x0, row.x_from_x0),
+        "x_t": (step.x_t, row.x_from_x),
+        "z": (evidence.noise(pair.k), row.x_from_noise),
+    }
+    basis = np.stack([values.ravel() for values, _ in parts.values()], axis=1).astype(np.float64)
+    fitted, *_ = np.linalg.lstsq(basis, step.x.ravel().astype(np.float64), rcond=None)
+    words = ", ".join(
+        f"{have:.4g} of {name} (the table: {want:.4g})"
+        for (name, (_, want)), have in zip(parts.items(), fitted, strict=True)
+    )
+    return Cause(
+        name="sampler",
+        place="sampler",
+        says="The deployed loop's step is another than the table's.",
+        evidence=(
+            f"given its own output, its x_s differs from the reference's step by {base:.1e} of "
+            "the peak",
+            f"at t = {row.t} the best fit of its x_s is {words}",
+        ),
+        mend="Compare the step's coefficients with ddpm_deploy's table: spec.table(sampler).",
     )
