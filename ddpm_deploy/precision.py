@@ -36,6 +36,21 @@ class PrecisionRecord:
         return json.dumps(asdict(self))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerPrecision:
+    """What one operator of a graph computes in.
+
+    Attributes:
+        name: Of the operator, or of its first output where it has none.
+        op_type: Such as `Conv`.
+        precision: `fp32`, `fp16`, `bf16` or `int8`; any other type as ONNX calls it.
+    """
+
+    name: str
+    op_type: str
+    precision: str
+
+
 def read_precision(text: str | None, *, source: str) -> PrecisionRecord:
     """Reads what `PrecisionRecord.to_json` wrote.
 

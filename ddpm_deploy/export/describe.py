@@ -8,11 +8,37 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 from onnx.defs import ONNX_DOMAIN
 
-from ddpm_deploy.export.graph import TensorType, constants
+from ddpm_deploy.export.graph import TensorType, constants, is_op, producers, tensor_types
 from ddpm_deploy.export.onnx_file import external_files, metadata
+from ddpm_deploy.export.precision import PRODUCTS
+from ddpm_deploy.precision import LayerPrecision
+
+LAYERS = PRODUCTS | {
+    "BatchNormalization",
+    "ConvInteger",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "LpNormalization",
+    "MatMulInteger",
+    "MeanVarianceNormalization",
+    "QLinearConv",
+    "QLinearMatMul",
+    "RMSNormalization",
+    "Softmax",
+}
+"""Operators whose precision a reader of a graph asks for: products, normalisations, softmax."""
+
+_PRECISIONS: Mapping[int, str] = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "int8",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +92,37 @@ def describe_graph(model: onnx.ModelProto) -> GraphDescription:
         outputs={v.name: _type(v) for v in model.graph.output},
         metadata=metadata(model),
     )
+
+
+def layers(model: onnx.ModelProto) -> list[LayerPrecision]:
+    """Returns what each convolution, product, normalisation and softmax computes in, in order.
+
+    A product whose operands both come out of `DequantizeLinear` computes in int8, as runtimes fuse
+    the two.
+
+    Args:
+        model: Left as it is. Its weights are not read.
+
+    Raises:
+        ExportError: The shapes contradict each other.
+    """
+    types, made_by = tensor_types(model, batch=1), producers(model.graph)
+    found = []
+    for node in model.graph.node:
+        if not is_op(node, *LAYERS):
+            continue
+        operands = [made_by.get(name) for name in node.input[:2]]
+        if node.op_type in PRODUCTS and all(is_op(o, "DequantizeLinear") for o in operands):
+            precision = "int8"
+        else:
+            kind = types[node.input[0]].elem_type if node.input[0] in types else 0
+            precision = _PRECISIONS.get(kind) or TensorProto.DataType.Name(kind).lower()
+        found.append(
+            LayerPrecision(
+                name=node.name or node.output[0], op_type=node.op_type, precision=precision
+            )
+        )
+    return found
 
 
 def _type(value: onnx.ValueInfoProto) -> str:

@@ -9,8 +9,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ddpm_deploy.engines.ort import read_graph
 from ddpm_deploy.errors import EngineError
-from ddpm_deploy.export.describe import describe_graph
+from ddpm_deploy.export.describe import describe_graph, layers
 from ddpm_deploy.export.onnx_file import load_graph
+from ddpm_deploy.precision import LayerPrecision
 from ddpm_deploy.spec import METADATA_KEY
 from tests.support import tiny_spec, write_graph
 
@@ -69,3 +70,38 @@ def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"scaled", b"sc\xff\xfeed"))
     with pytest.raises(EngineError, match="is no ONNX file"):
         load_graph(path)
+
+
+def mixed_graph() -> onnx.ModelProto:
+    """A convolution in int8 by Q/DQ, one in fp16, a softmax in fp32, a product in bf16."""
+    scale = numpy_helper.from_array(np.array(0.1, np.float32), "scale")
+    zero = numpy_helper.from_array(np.array(0, np.int8), "zero")
+    kernel = numpy_helper.from_array(np.ones((2, 2, 1, 1), np.int8), "kernel")
+    half = numpy_helper.from_array(np.ones((2, 2, 1, 1), np.float16), "half")
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"]),
+        helper.make_node("DequantizeLinear", ["kernel", "scale", "zero"], ["w"]),
+        helper.make_node("Conv", ["dq", "w"], ["a"], name="first"),
+        helper.make_node("Cast", ["a"], ["a16"], to=TensorProto.FLOAT16),
+        helper.make_node("Conv", ["a16", "half"], ["b16"], name="second"),
+        helper.make_node("Cast", ["b16"], ["b"], to=TensorProto.FLOAT),
+        helper.make_node("Softmax", ["b"], ["c"]),
+        helper.make_node("Cast", ["c"], ["cb"], to=TensorProto.BFLOAT16),
+        helper.make_node("MatMul", ["cb", "cb"], ["d"], name="last"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2, 4, 4])
+    d = helper.make_tensor_value_info("d", TensorProto.BFLOAT16, ["batch", 2, 4, 4])
+    graph = helper.make_graph(nodes, "mixed", [x], [d], [scale, zero, kernel, half])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_layers_are_told_in_order_with_what_they_compute_in() -> None:
+    model = mixed_graph()
+    onnx.checker.check_model(model, full_check=True)
+    assert layers(model) == [
+        LayerPrecision(name="first", op_type="Conv", precision="int8"),
+        LayerPrecision(name="second", op_type="Conv", precision="fp16"),
+        LayerPrecision(name="c", op_type="Softmax", precision="fp32"),
+        LayerPrecision(name="last", op_type="MatMul", precision="bf16"),
+    ]
