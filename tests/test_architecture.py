@@ -22,7 +22,9 @@ PACKAGE = Path(ddpm_deploy.__file__).parent
 
 HEAVY = {
     "cuda",
+    "jinja2",
     "lightning_fabric",
+    "matplotlib",
     "onnx",
     "onnxruntime",
     "onnxscript",
@@ -55,7 +57,8 @@ ARROWS = {
     "doctor": {"doctor"},
     "verify": {"verify", "engines"},  # the door and the abstract class
     "testing": {"verify", "export"},
-    "cli": {"cli", "doctor", "engines", "export", "model", "train", "verify"},
+    "report": {"report", "verify"},
+    "cli": {"cli", "doctor", "engines", "export", "model", "report", "train", "verify"},
 }
 
 ROOMS_OF = {
@@ -65,6 +68,7 @@ ROOMS_OF = {
     "export": {"onnx"},  # the passes, which a device without torch runs
     "export.check": {"torch"},
     "export.to_onnx": {"torch", "onnx"},
+    "report": {"jinja2", "matplotlib"},
     "engines.cuda": {"cuda"},
     "engines.ort": {"onnxruntime"},
     "engines.pytorch": {"torch"},
@@ -195,7 +199,8 @@ def test_importing_the_device_s_side_imports_nothing_heavy(module: str) -> None:
 
 WITHOUT = """
 import sys
-for name in ("torch", "onnx", "onnxscript", "safetensors", "lightning_fabric", "sklearn"):
+for name in ("torch", "onnx", "onnxscript", "safetensors", "lightning_fabric", "sklearn",
+             "matplotlib", "jinja2"):
     sys.modules[name] = None
 from ddpm_deploy.cli.app import main
 main()
