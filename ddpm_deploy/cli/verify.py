@@ -33,6 +33,7 @@ from ddpm_deploy.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from ddpm_deploy.precision import LayerPrecision
     from ddpm_deploy.verify import Budget, StepErrors, Verifier
     from ddpm_deploy.verify.compare import Side
     from ddpm_deploy.verify.verification import Verification
@@ -159,7 +160,7 @@ def command(
         if bisect:
             found, lines = _walked(found, reference, deployed, threads)
         for path, partial in reports.items():
-            partial.write_text(_text(path.suffix, found), encoding="utf-8")
+            partial.write_text(_text(path.suffix, found, deployed), encoding="utf-8")
     for path in reports:
         note(f"report: {path}")
     if json:
@@ -274,6 +275,24 @@ class _Watch:
             self._progress.advance()
 
 
+def _layers(deployed: Side) -> list[LayerPrecision] | None:
+    """Returns what each layer computes in, where onnx and the graph are there to read it."""
+    from ddpm_deploy.engines import Engine
+    from ddpm_deploy.errors import DDPMDeployError
+
+    if not isinstance(deployed, Engine):
+        return None
+    try:
+        from ddpm_deploy.export.describe import layers
+        from ddpm_deploy.export.explain import source_graph
+        from ddpm_deploy.export.onnx_file import load_graph
+
+        graph = source_graph(deployed)
+        return None if graph is None else layers(load_graph(graph, weights=False))
+    except (ImportError, DDPMDeployError):  # the page says that none are known
+        return None
+
+
 @contextmanager
 def _report(path: Path) -> Iterator[Path]:
     """Gives a place to write a report to; a suffix that says no form is refused."""
@@ -292,12 +311,12 @@ def _report(path: Path) -> Iterator[Path]:
         yield partial
 
 
-def _text(suffix: str, found: Verification) -> str:
+def _text(suffix: str, found: Verification, deployed: Side) -> str:
     match suffix:
         case ".html":
             from ddpm_deploy.report import html
 
-            return html(found)
+            return html(found, layers=_layers(deployed))
         case ".xml":
             from ddpm_deploy.verify.junit import junit
 

@@ -71,7 +71,7 @@ class OrtEngine(Engine):
         self.spec = ModelSpec.from_metadata(metadata, source=str(path))
         self.fused = is_fused(metadata.get(STEP_KEY), source=str(path))
         said = read_precision(metadata.get(PRECISION_KEY), source=str(path))
-        self.precision = said.precision
+        self.precision, self._groups = said.precision, dict(said.groups)
         given = {i.name: (_dtype(i.type), tuple(i.shape)) for i in self._session.get_inputs()}
         check_inputs(path, self.spec, given, fused=self.fused)
 
@@ -91,7 +91,8 @@ class OrtEngine(Engine):
 
     def describe(self) -> dict[str, Any]:
         """Returns what identifies the runtime, for reports."""
-        return {**super().describe(), "runtime": f"onnxruntime {ort.__version__}"}
+        groups = {"groups": self._groups} if self._groups else {}
+        return {**super().describe(), "runtime": f"onnxruntime {ort.__version__}", **groups}
 
 
 class OrtStepper(Stepper):

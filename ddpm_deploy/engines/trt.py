@@ -153,6 +153,7 @@ class TrtEngine(Engine):
             "compute_capability": device.compute_capability,
             "driver": device.driver,
             "precision": self.record.precision,
+            "groups": dict(self.record.precision_groups),
             "profiles": [str(profile) for profile in self.record.profiles],
             "fused_step": self.fused,
             "zero_copy": self._shared,

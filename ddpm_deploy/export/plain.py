@@ -92,14 +92,14 @@ class Plain:
         match = _PART.fullmatch(tensor)
         if match and self._is_join(match["whole"]):
             tensor = match["name"] or match["whole"]
-        for ending in (".half", ".float", ".rounded", ".exact"):
-            tensor = tensor.removesuffix(ending)
+        tensor = _bare(tensor)
         maker = self._makers.get(tensor)
-        if is_op(maker, "Cast") and maker is not None:
-            source = maker.input[0]
-            if tensor in self._halves or source in self._halves:  # a float, in another width
-                return self.name(source)
-        return tensor
+        if maker is None or not is_op(maker, "Cast"):
+            return tensor
+        source = maker.input[0]
+        # A float in another width; casts of our own lead back to the name they began with.
+        cast = {tensor, source} & self._halves and _bare(source) != tensor
+        return self.name(source) if cast else tensor
 
     def _is_join(self, tensor: str) -> bool:
         maker = self._makers.get(tensor)
@@ -122,6 +122,13 @@ class Plain:
                 needed.add(node.output[0])
                 wanted += reads(node)
         return needed
+
+
+def _bare(tensor: str) -> str:
+    """Returns a name without what casts of this package add to it."""
+    for ending in (".half", ".float", ".rounded", ".exact"):
+        tensor = tensor.removesuffix(ending)
+    return tensor
 
 
 def half_tensors(graph: onnx.GraphProto) -> set[str]:

@@ -142,6 +142,8 @@ class Budget:
     ) -> Budget:
         """Returns a copy with other bounds for local errors, accumulated ones, and pixels.
 
+        Whoever sets one leaves the share of equal pixels open.
+
         Args:
             local: Largest local error of the output and of x.
             accumulated: Largest accumulated error of x.
@@ -159,8 +161,9 @@ class Budget:
             if limit.measure != "max" or (limit.error, limit.quantity) not in bounds
         ]
         new = [Limit(error=e, quantity=q, bound=bound) for (e, q), bound in bounds.items()]  # type: ignore[arg-type]
+        equal = self.equal if not bounds and pixels is None else 0.0
         pixels = self.pixels if pixels is None else pixels
-        return replace(self, limits=(*new, *kept), pixels=pixels)
+        return replace(self, limits=(*new, *kept), pixels=pixels, equal=equal)
 
     def bound(self, error: ErrorKind, quantity: Quantity) -> float | None:
         """Returns the largest maximum allowed at any timestep; None where there is no limit."""

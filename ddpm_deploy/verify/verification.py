@@ -182,7 +182,7 @@ def described(side: Side) -> dict[str, Any]:
         found = {**side.describe(), "precision": side.precision}
         return {**found, "sha256": sha256(side.path)} if Path(side.path).is_file() else found
     if isinstance(side, Trace):
-        return {"name": "trace", **side.source}
+        return {"name": "trace", **side.source, "trace": True}
     return {"name": "loop"}
 
 

@@ -69,7 +69,8 @@ def test_half_precision_has_a_budget_of_its_own(exported: Path) -> None:
     outcome = verify(*against, "--json")
     assert outcome.code == 0, outcome
     report = json.loads(outcome.out)
-    assert bounds(report) == {"local/out/max": 5e-3, "accumulated/x/max": 1e-2, "pixels": 0.99}
+    limits = {"local/out/max": 5e-3, "local/x/max": 5e-3, "accumulated/x/max": 1e-2}
+    assert bounds(report) == {**limits, "pixels": 0.99, "bias": 0.1}
     assert 2e-5 < worst(report) < 5e-3
     assert "local error" in failures(*against, "--local", 2e-5)[0]
 
@@ -110,13 +111,14 @@ def test_the_report_is_the_same_on_stdout_and_in_a_file() -> None:
     assert "report: report.json" in outcome.err
     assert report.keys() == {
         "tool", "passed", "failures", "causes", "engine", "reference", "same_checkpoint", "recipe",
-        "images", "sampled", "seconds", "command", "checks", "budget", "not_finite",
+        "images", "sampled", "seconds", "command", "bisection", "checks", "budget", "not_finite",
         "amplification", "pictures", "steps",
     }  # fmt: skip
     assert report["engine"]["path"] == "unet.onnx"
     assert report["engine"]["sha256"] == report["reference"]["sha256"]
     assert report["same_checkpoint"] is None  # neither says where it came from
-    assert bounds(report) == {"local/out/max": 2e-5, "accumulated/x/max": 1e-3, "pixels": 0.999}
+    limits = {"local/out/max": 2e-5, "local/x/max": 2e-5, "accumulated/x/max": 1e-3}
+    assert bounds(report) == {**limits, "pixels": 0.999, "equal": 0.99, "bias": 0.1}
     none = {"max": 0, "l2": 0, "cosine": 1, "psnr": None}
     parts = {"out": none, "x0": none, "x": none}
     assert report["steps"][0] == {"k": 1, "t": 19, "local": parts, "accumulated": parts}
@@ -127,8 +129,9 @@ def test_other_weights_fail_by_name() -> None:
     write_graph(Path("other.onnx"), tiny_spec(), bias=0.05)
     reasons = failures("-e", "other.onnx", "--against", "unet.onnx")
     assert reasons[0].startswith("local error ")
-    assert reasons[1].startswith("accumulated error ")
-    assert "of pixels are within one level" in reasons[2]
+    assert reasons[1].startswith("local error of x: ")
+    assert reasons[2].startswith("accumulated error ")
+    assert "of pixels are within one level" in reasons[3]
 
 
 @pytest.mark.parametrize(
@@ -253,3 +256,84 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     outcome = verify("--against", "same.onnx", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("Usage: ")
+
+
+def test_some_timesteps_are_compared_with_a_stated_confidence(exported: Path) -> None:
+    against = ("--against", exported / "ckpt.pt")
+    outcome = verify("-e", exported / "unet.onnx", *against, "--timesteps", 8, "--json")
+    assert outcome.code == 0, outcome
+    report = json.loads(outcome.out)
+    assert report["steps"][0]["t"] == 19
+    assert len(report["steps"]) == 8
+    assert report["sampled"].pop("share") == pytest.approx(1 - 0.05 ** (1 / 7))
+    assert report["sampled"] == {"seen": 8, "of": 20, "drawn": True}
+    again = json.loads(
+        verify("-e", exported / "unet.onnx", *against, "--timesteps", 8, "--json").out
+    )
+    assert again["steps"] == report["steps"]
+    both = verify("-e", "unet.onnx", "--against", "same.onnx", "--timesteps", 8, "--steps", 4)
+    assert both.code == 2
+    assert "it draws the timesteps that --steps would choose" in " ".join(both.err.split())
+
+
+def test_a_trace_takes_the_place_of_the_checkpoint(exported: Path) -> None:
+    assert run("trace", exported / "ckpt.pt", "-o", "ckpt.trace", "--threads", 1).code == 0
+    outcome = verify("-e", exported / "unet.onnx", "--against", "ckpt.trace")
+    assert outcome.code == 0, outcome
+    assert "onnxruntime CPU against torch CPU" in outcome.out
+    for option in (("--steps", 4), ("--seed", 1), ("-n", 2), ("--timesteps", 4)):
+        refused = verify("-e", exported / "unet.onnx", "--against", "ckpt.trace", *option)
+        assert refused.code == 2
+        assert "ckpt.trace says what loop it is" in " ".join(refused.err.split())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [("html", "<!doctype html>"), ("xml", "<?xml"), ("sarif", "{")]
+)
+def test_a_report_takes_the_form_of_its_suffix(suffix: str, begins: str) -> None:
+    report = Path(f"out/report.{suffix}")
+    outcome = verify("-e", "unet.onnx", "--against", "same.onnx", "-o", report, "-o", "a.json")
+    assert outcome.code == 0, outcome
+    assert report.read_text(encoding="utf-8").lower().startswith(begins)
+    assert json.loads(Path("a.json").read_text())["passed"] is True
+    assert f"report: {report}" in outcome.err
+
+
+def test_a_report_of_no_known_form_is_refused_before_the_loop() -> None:
+    outcome = verify("-e", "unet.onnx", "--against", "same.onnx", "-o", "report.pdf")
+    assert outcome.code == 2
+    assert "reports end in .json, .html, .xml, .sarif" in " ".join(outcome.err.split())
+    assert not Path("report.pdf").exists()
+
+
+def test_a_budget_is_a_file_or_a_name() -> None:
+    write_graph(Path("near.onnx"), tiny_spec(), bias=1e-4)
+    arguments = ["-e", "near.onnx", "--against", "unet.onnx", "--budget"]
+    assert verify(*arguments, "fp32").code == 1
+    assert verify(*arguments, "fp16").code == 0
+    Path("mine.toml").write_text(
+        'pixels = 0.5\n[[limit]]\nerror = "local"\nquantity = "out"\nat_most = 1e-5\n'
+        'from = 10\n[[limit]]\nerror = "local"\nquantity = "out"\nat_most = 1e-2\nto = 9\n'
+    )
+    reasons = failures(*arguments, "mine.toml")
+    assert len(reasons) == 1
+    assert reasons[0].startswith("local error of the output: max ")
+    assert refusal(verify(*arguments, "none.toml")) == "There is no budget none.toml."
+    Path("bad.toml").write_text("pixels = 'all'")
+    assert refusal(verify(*arguments, "bad.toml")) == (
+        "bad.toml is no budget: pixels is 'all'; it is a number."
+    )
+
+
+def test_without_onnx_the_cause_is_what_the_numbers_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    write_graph(Path("other.onnx"), tiny_spec(), bias=0.05)
+    for name in [n for n in sys.modules if n.startswith("ddpm_deploy.export")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    outcome = verify("-e", "other.onnx", "--against", "unet.onnx")
+    assert outcome.code == 1
+    assert "likely cause: The network computes another function" in outcome.out
+    message = refusal(verify("-e", "other.onnx", "--against", "unet.onnx", "--bisect"))
+    assert "onnx is needed here" in message

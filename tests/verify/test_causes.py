@@ -94,8 +94,8 @@ def test_a_direction_from_the_raw_output_is_named(world: World) -> None:
     for row in recipe.table(spec):
         # Song et al. 2021, Eq. 12, with ε as the network gave it: what diffusers does by default.
         a = spec.schedule.alpha_bar_at(row.s)
-        mean = {"x_from_x0": math.sqrt(a), "x_from_x": 0.0, "x_from_out": math.sqrt(1 - a)}
-        rows.append(replace(row, **mean))
+        raw = math.sqrt(1 - a)
+        rows.append(replace(row, x_from_x0=math.sqrt(a), x_from_x=0.0, x_from_out=raw))
     noise = engine_loop(world.good, recipe, world.images)
     loop = Loop(noise.predict, rows, noise.noise, spec=spec)
     assert names(verify(loop, world.good, recipe, world.images)) == ["ddim-direction"]
