@@ -515,7 +515,7 @@ class Verifier:
         if self._last is None or self._steps[-1].k != min(self._lengths):
             return None
         wanted, given = (
-            _pixels(x, side)
+            final_pixels(x, side)
             for x, side in zip(self._last, (self._reference, self._engine), strict=True)
         )
         return wanted, given
@@ -587,7 +587,8 @@ def _kept(compared: Sequence[int], spec: ModelSpec, images: int) -> list[int]:
     return [compared[i - 1] for i in chosen_steps(len(compared), keep)] if compared else []
 
 
-def _pixels(x: Samples, side: Loop | Trace) -> Pixels:
+def final_pixels(x: Samples, side: Loop | Trace) -> Pixels:
+    """Returns the pictures that a side makes of its last state, as in `Verifier.pixels`."""
     if isinstance(side, Trace) and side.pictures is not None:
         return side.pictures
     return to_pixels(
