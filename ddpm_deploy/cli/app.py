@@ -19,6 +19,7 @@ COMMANDS = (
     "build",
     "sample",
     "verify",
+    "budget",
     "trace",
     "nll",
     "noise",

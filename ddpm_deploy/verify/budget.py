@@ -32,8 +32,14 @@ UNIT_ROUNDOFF: Mapping[Arithmetic, float] = {
 }
 """Largest relative error of rounding one number; for int8 half a step of 127 in its range."""
 
-PICTURES = ("pixels", "equal", "bias", "psnr", "ssim")
-"""What a budget says of the last pictures."""
+PICTURES: Mapping[str, tuple[float, float]] = {
+    "pixels": (0.0, 1.0),
+    "equal": (0.0, 1.0),
+    "bias": (0.0, 255.0),
+    "psnr": (-math.inf, math.inf),
+    "ssim": (-1.0, 1.0),
+}
+"""What a budget says of the last pictures, and the least and the largest that each can be."""
 
 FORMAT = 1
 """Version of a budget file. A reader refuses a later one."""
@@ -180,10 +186,11 @@ class Budget:
         for limit in self.limits:
             entry = {"error": limit.error, "quantity": limit.quantity, "measure": limit.measure}
             key = "at_least" if limit.measure in LARGER_IS_BETTER else "at_most"
-            ends = {"from": limit.first, "to": limit.last}
-            limits.append({**entry, key: limit.bound, **{k: v for k, v in ends.items() if v}})
+            ends = {"from": limit.first or None, "to": limit.last}
+            held = {name: t for name, t in ends.items() if t is not None}
+            limits.append({**entry, key: float(limit.bound), **held})
         pictures = {name: getattr(self, name) for name in PICTURES}
-        kept = {name: value for name, value in pictures.items() if value is not None}
+        kept = {name: float(value) for name, value in pictures.items() if value is not None}
         return {"format": FORMAT, **kept, "limit": limits}
 
     def to_toml(self, *, comment: str = "") -> str:
@@ -220,7 +227,11 @@ def read_budget(path: Path) -> Budget:
             f"There is no budget {path}.",
             hint=f"Name one of {', '.join(ARITHMETICS)}, or write one: ddpm-deploy budget ckpt.pt",
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except IsADirectoryError as error:
+        raise BudgetError(
+            f"{path} is a folder, and no budget.", hint="Name a file: --budget budget.toml"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise BudgetError(
             f"{path} is no budget: {error}.",
             hint="docs/parity.md shows one; ddpm-deploy budget writes one.",
@@ -229,14 +240,18 @@ def read_budget(path: Path) -> Budget:
 
 def _budget(data: Mapping[str, Any]) -> Budget:
     rest = dict(data)
-    if rest.pop("format", FORMAT) != FORMAT:
-        raise ValueError(f"its format is {data['format']!r}; this release reads {FORMAT}")
-    limits = tuple(_limit(entry) for entry in rest.pop("limit", []))
-    if unknown := sorted(rest.keys() - set(PICTURES)):
+    version = rest.pop("format", FORMAT)
+    if version != FORMAT or isinstance(version, bool):
+        raise ValueError(f"its format is {version!r}; this release reads {FORMAT}")
+    entries = rest.pop("limit", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"limit is {entries!r}; it is written as [[limit]]")
+    limits = tuple(_limit(entry) for entry in entries)
+    if unknown := sorted(rest.keys() - PICTURES.keys()):
         known = ", ".join(PICTURES)
         raise ValueError(f"it has {', '.join(unknown)}; there are {known} and [[limit]]")
     for name, value in rest.items():
-        _check_number(name, value)
+        _check_number(name, value, *PICTURES[name])
     return Budget(limits=limits, **{"pixels": 0.0, "equal": 0.0, "bias": 255.0, **rest})
 
 
@@ -252,14 +267,20 @@ def _limit(entry: Mapping[str, Any]) -> Limit:
     if key not in given:
         raise ValueError(f"a limit of {limit.measure} says {key} = a number")
     bound = _check_number(key, given.pop(key))
+    if bound < 0 and key == "at_most":
+        raise ValueError(f"{key} is {bound!r}; an error is at least 0")
     first, last = given.pop("from", 0), given.pop("to", None)
     for name, value in (("from", first), ("to", last)):
-        if value is not None and (not isinstance(value, int) or value < 0):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and (not whole or value < 0):
             raise ValueError(f"{name} is {value!r}; it is a timestep")
     if last is not None and last < first:
         raise ValueError(f"a limit goes from {first} to {last}")
     if given:
-        raise ValueError(f"a limit has {', '.join(sorted(given))}")
+        raise ValueError(
+            f"a limit has {', '.join(sorted(given))}; it may have error, quantity, measure, "
+            "at_most, at_least, from, to"
+        )
     return Limit(
         error=limit.error,
         quantity=limit.quantity,
@@ -276,7 +297,15 @@ def _one_of(value: Any, what: str, allowed: Sequence[str]) -> Any:
     return value
 
 
-def _check_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it is a number")
+def _check_number(
+    name: str, value: object, least: float = -math.inf, largest: float = math.inf
+) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not least <= value <= largest
+    ):
+        ends = f" from {least:g} to {largest:g}" if math.isfinite(least) else ""
+        raise ValueError(f"{name} is {value!r}; it is a number{ends}")
     return float(value)

@@ -9,9 +9,11 @@ docs/parity.md has the derivation, and what came of it beside real engines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +30,7 @@ from ddpm_deploy.verify.budget import (
     Limit,
     Quantity,
 )
-from ddpm_deploy.verify.compare import Comparison, StepErrors, Verifier, final_pixels
+from ddpm_deploy.verify.compare import Comparison, StepErrors, Verifier, final_pixels, plain
 from ddpm_deploy.verify.loops import Loop
 from ddpm_deploy.verify.measures import PictureErrors
 
@@ -125,6 +127,26 @@ class Expectation:
         """The largest accumulated error of x over the largest local one."""
         return self.worst("accumulated", "x") / self.worst("local", "x")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON's types; an infinite PSNR becomes null."""
+        ranges = [
+            {
+                "from": part.first,
+                "to": part.last,
+                **{f"{error}/{quantity}": v for (error, quantity), v in part.errors.items()},
+            }
+            for part in self.ranges
+        ]
+        return plain(
+            {
+                "ranges": ranges,
+                "amplification": self.amplification,
+                "pixels": self.pixels,
+                "psnr": self.psnr,
+                "factor": self.factor,
+            }
+        )
+
     def budget(self) -> Budget:
         """Returns the budget of an engine in this arithmetic: the errors times the factor."""
         limits = tuple(
@@ -143,7 +165,7 @@ class Expectation:
         return Budget(
             limits=limits,
             pixels=min(round(self.allowed_pixels, 4), 0.999),
-            psnr=round(min(self.allowed_psnr, 20 * np.log10(255)), 1),
+            psnr=round(min(self.allowed_psnr, 20 * math.log10(255)), 1),
         )
 
 
