@@ -119,14 +119,15 @@ class Budget:
     def of(cls, arithmetic: Arithmetic) -> Budget:
         """Returns what an engine may differ by that computes in an arithmetic.
 
-        docs/parity.md derives the figures from the unit roundoff and what loops make of it.
+        They hold for networks at large, and say nothing about one of them; `ddpm-deploy budget`
+        derives a network's own. docs/parity.md has the figures and where they come from.
         """
         local, accumulated, pixels, equal, bias = {
             "fp32": (TOLERANCE, 1e-3, 0.999, 0.99, 0.1),
-            "tf32": (BUDGETS["fp16"], 1e-2, 0.99, 0.0, 0.1),
+            "tf32": (2e-2, 2e-2, 0.99, 0.0, 0.1),
             "fp16": (BUDGETS["fp16"], 1e-2, 0.99, 0.0, 0.1),
             "bf16": (BUDGETS["bf16"], 5e-2, 0.95, 0.0, 0.25),
-            "int8": (1e-1, 1e-1, 0.75, 0.0, 1.0),
+            "int8": (5e-1, 5e-1, 0.5, 0.0, 5.0),
         }[arithmetic]
         return cls(
             limits=(
