@@ -45,12 +45,13 @@ from ddpm_deploy.run import Recipe
 from ddpm_deploy.sampling import Sampler
 from ddpm_deploy.verify import Comparison, Loop, Verifier, engine_loop
 from ddpm_deploy.verify.budget import UNIT_ROUNDOFF, Arithmetic, ErrorKind, Quantity
-from ddpm_deploy.verify.expect import Expectation, expected, rounding_gain
+from ddpm_deploy.verify.expect import LEAST, Expectation, expected, rounding_gain
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LIMITED: tuple[tuple[ErrorKind, Quantity], ...] = (
     ("local", "out"),
     ("local", "x0"),
+    ("local", "x"),
     ("accumulated", "x0"),
     ("accumulated", "x"),
 )
@@ -171,7 +172,7 @@ def row(
             for step in result.steps
             if part.first <= step.t <= part.last
         )
-        / part.errors[error, quantity]
+        / max(part.errors[error, quantity], LEAST)
         for error, quantity in LIMITED
         for part in wanted.ranges
     ]
@@ -190,8 +191,8 @@ def row(
             wanted.worst("accumulated", "x"),
             result.worst_accumulated.accumulated.x.max,
         ],
-        "pixels": [wanted.pixels, pictures.close if pictures else None],
-        "psnr": [wanted.psnr, min(pictures.psnr) if pictures else None],
+        "pixels": [wanted.pictures.close, pictures.close if pictures else None],
+        "psnr": [min(wanted.pictures.psnr), min(pictures.psnr) if pictures else None],
         "amplification": [
             wanted.amplification,
             result.worst_accumulated.accumulated.x.max
@@ -201,6 +202,8 @@ def row(
         "share": [float(f(shares)) for f in (np.min, np.median, np.max)],
         "persistent": persistent(errors),
         "inside": not result.failures,
+        "failures": result.failures,
+        "bias": pictures.bias if pictures else None,
     }
 
 

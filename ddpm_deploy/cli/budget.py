@@ -194,8 +194,8 @@ def _print(found: Mapping[Arithmetic, Expectation]) -> None:
             f"{e.worst('local', 'out'):.1e}",
             f"{e.worst('accumulated', 'out'):.1e}",
             f"{e.worst('accumulated', 'x'):.1e}",
-            f"{e.pixels:.2%}",
-            "identical" if e.psnr == float("inf") else f"{e.psnr:.1f} dB",
+            f"{e.pictures.close:.2%}",
+            "identical" if e.pictures.largest == 0 else f"{min(e.pictures.psnr):.1f} dB",
         )
     print_table(table)
     typer.echo(f"amplification from local to accumulated x: {some.amplification:.3g}")

@@ -127,7 +127,7 @@ class Budget:
             "tf32": (2e-2, 2e-2, 0.99, 0.0, 0.1),
             "fp16": (BUDGETS["fp16"], 1e-2, 0.99, 0.0, 0.1),
             "bf16": (BUDGETS["bf16"], 5e-2, 0.95, 0.0, 0.25),
-            "int8": (5e-1, 5e-1, 0.5, 0.0, 5.0),
+            "int8": (5e-1, 5e-1, 0.5, 0.0, 1.0),
         }[arithmetic]
         return cls(
             limits=(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -75,6 +75,7 @@ _NOISE_SEED = 0x726F756E64
 _LIMITED: tuple[tuple[ErrorKind, Quantity], ...] = (
     ("local", "out"),
     ("local", "x0"),
+    ("local", "x"),
     ("accumulated", "x0"),
     ("accumulated", "x"),
 )
@@ -103,19 +104,15 @@ class Expectation:
     Attributes:
         arithmetic: Which.
         ranges: Parts of the schedule, from t = 0 on.
-        pixels: Share of final 8-bit values within one level.
-        psnr: Of the worst final picture, in decibels; infinite where all are equal.
-        allowed_pixels: The share where errors are larger by the safety factor.
-        allowed_psnr: The PSNR there.
+        pictures: Errors of the final pictures.
+        allowed: The same where x errs more by the safety factor.
         factor: The safety factor.
     """
 
     arithmetic: Arithmetic
     ranges: tuple[RangeErrors, ...]
-    pixels: float
-    psnr: float
-    allowed_pixels: float
-    allowed_psnr: float
+    pictures: PictureErrors
+    allowed: PictureErrors
     factor: float
 
     def worst(self, error: ErrorKind, quantity: Quantity) -> float:
@@ -141,8 +138,7 @@ class Expectation:
             {
                 "ranges": ranges,
                 "amplification": self.amplification,
-                "pixels": self.pixels,
-                "psnr": self.psnr,
+                "pictures": asdict(self.pictures),
                 "factor": self.factor,
             }
         )
@@ -160,12 +156,16 @@ class Expectation:
             for error, quantity in _LIMITED
             for part in self.ranges
         )
-        # A float at the edge between two levels falls either way: no budget asks for more than that
-        # each value is off by one level at most, nearly everywhere.
+        # A float at the edge between two levels falls either way: no budget asks for more than
+        # float32's default does, nor for more than the PSNR of one level everywhere. A mean
+        # difference cancels in one draw of the noise and not in the next, so its default stands.
+        exact, usual = Budget(), Budget.of(self.arithmetic)
         return Budget(
             limits=limits,
-            pixels=min(round(self.allowed_pixels, 4), 0.999),
-            psnr=round(min(self.allowed_psnr, 20 * math.log10(255)), 1),
+            pixels=min(round(self.allowed.close, 4), exact.pixels),
+            equal=min(round(self.allowed.equal, 4), exact.equal),
+            bias=max(_readable(abs(self.allowed.bias)), usual.bias),
+            psnr=round(min(*self.allowed.psnr, 20 * math.log10(255)), 1),
         )
 
 
@@ -285,10 +285,8 @@ def _expectation(
     return Expectation(
         arithmetic=arithmetic,
         ranges=tuple(_range(result, first, last, scale, clipped=clipped) for first, last in parts),
-        pixels=pictures.close,
-        psnr=min(pictures.psnr),
-        allowed_pixels=allowed.close,
-        allowed_psnr=min(allowed.psnr),
+        pictures=pictures,
+        allowed=allowed,
         factor=factor,
     )
 

@@ -45,6 +45,7 @@ def test_the_file_is_a_budget_that_says_where_it_comes_from(exported: Path, name
     assert {(limit.error, limit.quantity) for limit in read.limits} == {
         ("local", "out"),
         ("local", "x0"),
+        ("local", "x"),
         ("accumulated", "x0"),
         ("accumulated", "x"),
     }

@@ -123,20 +123,27 @@ def test_limits_are_told_apart_by_name() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("bounds", "name"),
-    [({"pixels": 0.95}, "pixels"), ({"psnr": 41.0}, "psnr"), ({"ssim": 0.99}, "ssim")],
+GOOD = PictureErrors(
+    psnr=(math.inf, 42.0), ssim=(1.0, 0.995), equal=0.9, close=0.96, largest=2, bias=-0.1
 )
-def test_pictures_have_limits_of_their_own(bounds: dict[str, float], name: str) -> None:
-    good = PictureErrors(psnr=(math.inf, 42.0), ssim=(1.0, 0.995), equal=0.9, close=0.96, largest=2)
-    bad = PictureErrors(psnr=(50.0, 40.0), ssim=(1.0, 0.98), equal=0.9, close=0.94, largest=9)
-    assert found(step(0), budget=only(**bounds), pictures=good).passed
-    failed = [c for c in found(step(0), budget=only(**bounds), pictures=bad).checks if not c.passed]
+BAD = PictureErrors(
+    psnr=(50.0, 40.0), ssim=(1.0, 0.98), equal=0.8, close=0.94, largest=9, bias=-0.3
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [("pixels", 0.95), ("equal", 0.9), ("bias", 0.1), ("psnr", 41.0), ("ssim", 0.99)],
+)
+def test_pictures_have_limits_of_their_own(name: str, bound: float) -> None:
+    budget = only(**{name: bound})
+    assert found(step(0), budget=budget, pictures=GOOD).passed
+    failed = [c for c in found(step(0), budget=budget, pictures=BAD).checks if not c.passed]
     assert [check.name for check in failed] == [name]
 
 
 def test_samples_that_are_no_pictures_have_no_likeness() -> None:
-    rows = PictureErrors(psnr=(42.0,), ssim=(), equal=0.9, close=0.96, largest=2)
+    rows = replace(BAD, ssim=())
     assert found(step(0), budget=only(ssim=0.99), pictures=rows).passed
 
 
@@ -172,6 +179,8 @@ def test_a_budget_comes_back_from_its_file(tmp_path: Path) -> None:
             Limit(error="accumulated", quantity="out", measure="psnr", bound=40.0, first=900),
         ),
         pixels=0.97,
+        equal=0.5,
+        bias=2.0,
         psnr=41.5,
         ssim=0.99,
     )
@@ -218,7 +227,10 @@ LIMIT = '[[limit]]\nerror = "local"\nquantity = "out"\n'
         ("limit = ", "no budget: Invalid value"),
         ("format = 2", "its format is 2; this release reads 1"),
         ("format = true", "its format is True; this release reads 1"),
-        ("precision = 1", "it has precision; there are pixels, equal, bias, psnr, ssim and [[limit]]"),
+        (
+            "precision = 1",
+            "it has precision; there are pixels, equal, bias, psnr, ssim and [[limit]]",
+        ),
         ("pixels = '0.9'", "pixels is '0.9'; it is a number from 0 to 1"),
         ("pixels = true", "pixels is True; it is a number from 0 to 1"),
         ("pixels = 99", "pixels is 99; it is a number from 0 to 1"),

@@ -105,8 +105,8 @@ def test_expectations_are_in_proportion_to_the_unit_roundoff() -> None:
     for error, quantity in (("local", "out"), ("accumulated", "x")):
         assert bf16.worst(error, quantity) == pytest.approx(8 * fp16.worst(error, quantity))  # type: ignore[arg-type]
     assert bf16.amplification == pytest.approx(fp16.amplification)
-    assert [found[a].pixels for a in ("fp32", "fp16", "bf16", "int8")] == sorted(
-        (found[a].pixels for a in ARITHMETICS if a != "tf32"), reverse=True
+    assert [found[a].pictures.close for a in ("fp32", "fp16", "bf16", "int8")] == sorted(
+        (found[a].pictures.close for a in ARITHMETICS if a != "tf32"), reverse=True
     )
 
 
