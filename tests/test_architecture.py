@@ -47,6 +47,7 @@ ARROWS = {
     "export.calibrate": {"export", "engines"},
     "export.inside": {"export", "engines"},
     "export.prove": {"export", "engines"},
+    "export.lift": {"export", "engines"},
     "export.explain": {"export", "engines", "model", "verify"},
     "export.check": {"export", "model", "engines"},
     "export.prepare": {"export", "engines"},  # the passes in a row, for a plan

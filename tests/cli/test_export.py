@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def quick(traced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives the traced graph to every export."""
-    monkeypatch.setattr(to_onnx, "_trace", lambda *_: onnx.load_model(traced))
+    monkeypatch.setattr(to_onnx, "trace_network", lambda *_, **__: onnx.load_model(traced))
 
 
 def export(*arguments: object) -> Outcome:
@@ -206,7 +206,7 @@ def check(path, *_):  # the file is written, and has not got its name
     print(path.name, flush=True)
     time.sleep(60)
 
-to_onnx._trace = lambda *_: onnx.load_model({traced!r})
+to_onnx.trace_network = lambda *_, **__: onnx.load_model({traced!r})
 to_onnx.check_graph = check
 main()
 """
@@ -241,7 +241,7 @@ import onnx
 from ddpm_deploy.export import to_onnx
 from ddpm_deploy.cli.app import main
 
-to_onnx._trace = lambda *_: onnx.load_model({traced!r})
+to_onnx.trace_network = lambda *_, **__: onnx.load_model({traced!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 main()
 """

@@ -321,7 +321,7 @@ def test_a_budget_is_a_file_or_a_name() -> None:
     assert refusal(verify(*arguments, "none.toml")) == "There is no budget none.toml."
     Path("bad.toml").write_text("pixels = 'all'")
     assert refusal(verify(*arguments, "bad.toml")) == (
-        "bad.toml is no budget: pixels is 'all'; it is a number."
+        "bad.toml is no budget: pixels is 'all'; it is a number from 0 to 1."
     )
 
 

@@ -116,10 +116,10 @@ def test_a_network_that_takes_one_batch_size_alone_is_refused(tmp_path: Path) ->
 def traced(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares tests of what follows the trace its ten seconds."""
 
-    def trace(*_: object) -> onnx.ModelProto:
+    def trace(*_: object, **__: object) -> onnx.ModelProto:
         return onnx.load(exported)
 
-    monkeypatch.setattr(to_onnx, "_trace", trace)
+    monkeypatch.setattr(to_onnx, "trace_network", trace)
 
 
 def test_a_graph_that_answers_otherwise_is_never_written(traced: None, tmp_path: Path) -> None:
