@@ -38,11 +38,11 @@ demo: $(VENV)/.installed
 	$(BIN)/ddpm-deploy export demo/digits.pt -o $(OUT)/unet.onnx
 	$(BIN)/ddpm-deploy build $(OUT)/unet.onnx
 	$(BIN)/ddpm-deploy sample -n 8 --engine $(OUT)/unet.ort.onnx -o $(OUT)/samples --overwrite --gif
-	$(BIN)/ddpm-deploy verify --engine $(OUT)/unet.ort.onnx --against demo/digits.pt -o $(OUT)/verify.json
+	$(BIN)/ddpm-deploy verify --engine $(OUT)/unet.ort.onnx --against demo/digits.pt -o $(OUT)/verify.html
 	@echo
 	@echo "eight digits:  $(OUT)/samples/grid.png"
 	@echo "as they form:  $(OUT)/samples/x0.gif"
-	@echo "the report:    $(OUT)/verify.json"
+	@echo "the proof:     $(OUT)/verify.html"
 
 train-demo: $(VENV)/.installed
 	$(BIN)/ddpm-deploy train --data digits -o runs/digits --overwrite \

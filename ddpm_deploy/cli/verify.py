@@ -62,6 +62,7 @@ def command(
         typer.Option(
             "--output",
             "-o",
+            metavar="PATH",
             help="Write a report: .html, .json, .xml (JUnit) or .sarif. May be repeated.",
         ),
     ] = None,
@@ -330,10 +331,8 @@ def _text(suffix: str, found: Verification, deployed: Side) -> str:
 
 
 def _print(found: Verification, walked: list[str]) -> None:
-    typer.echo(
-        f"{found.engine['name']} against {found.reference['name']}, {len(found.images)} images, "
-        f"{found.sampled.says}"
-    )
+    sides = f"{found.engine['name']} against {found.reference['name']}"
+    typer.echo(_wrapped(f"{sides}, {len(found.images)} images, {found.sampled.says}"))
     _print_steps(found)
     result = found.comparison
     for check in result.checks:

@@ -278,7 +278,7 @@ def _cause(one: Difference, engine: Engine) -> Cause:
     return Cause(
         name=one.kind,
         place="precision" if one.kind == "weights-rounded" else "network",
-        says=f"In {one.where}: {one.says}",
+        says=f"{one.says.removesuffix('.')} ({one.where}).",
         evidence=(
             "read off both files"
             + ("; rounded weights alone are what half precision does" if healthy else ""),
