@@ -116,7 +116,7 @@ def command(
     """
     from ddpm_deploy.run import Recipe
     from ddpm_deploy.sampling import Sampler, Spacing
-    from ddpm_deploy.verify.verification import open_side, verify
+    from ddpm_deploy.verify.verification import default_budget, open_side, verify
 
     if timesteps is not None and steps is not None:
         raise typer.BadParameter(
@@ -148,7 +148,7 @@ def command(
                 reference,
                 recipe,
                 range(count),
-                budget=(allowed or _default(deployed)).changed(
+                budget=(allowed or default_budget(deployed)).changed(
                     local=local, accumulated=accumulated, pixels=pixels
                 ),
                 command=sys.argv,
@@ -203,13 +203,6 @@ def _budget(text: str | None) -> Budget | None:
     if text in ARITHMETICS:
         return Budget.of(text)
     return read_budget(Path(text))
-
-
-def _default(side: Side) -> Budget:
-    from ddpm_deploy.engines import Engine
-    from ddpm_deploy.verify import Budget
-
-    return Budget.of(side.precision if isinstance(side, Engine) else "fp32")
 
 
 def _check_bisect(sides: Mapping[Path, Side]) -> None:

@@ -18,11 +18,13 @@ class Sampled:
         seen: Timesteps compared.
         of: Timesteps of the schedule.
         drawn: Whether they were drawn by `stratified`, rather than those that the sampler visits.
+        recorded: Whether they are those of the loop's that a trace holds.
     """
 
     seen: int
     of: int
     drawn: bool = False
+    recorded: bool = False
 
     @property
     def share(self) -> float | None:
@@ -43,7 +45,8 @@ class Sampled:
         if self.seen >= self.of:
             return f"all {self.of} timesteps"
         if self.share is None:
-            return f"{self.seen} of {self.of} timesteps, those that the loop visits"
+            which = "the trace holds" if self.recorded else "the loop visits"
+            return f"{self.seen} of {self.of} timesteps, those that {which}"
         return (
             f"{self.seen} of {self.of} timesteps; a fault at {self.share:.1%} of them or more is "
             f"met with {CONFIDENCE:.0%} confidence"

@@ -15,7 +15,7 @@ from ddpm_deploy.engines import Engine, open_engine
 from ddpm_deploy.files import sha256
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.spec import ModelSpec
-from ddpm_deploy.verify.budget import Budget
+from ddpm_deploy.verify.budget import ARITHMETICS, Budget
 from ddpm_deploy.verify.cause import Cause
 from ddpm_deploy.verify.causes import find_causes
 from ddpm_deploy.verify.compare import Comparison, Side, StepErrors, Verifier, plain
@@ -113,8 +113,7 @@ def verify(
         ParityError, EngineInputError, ValueError: As from `Verifier`.
     """
     start = perf_counter()
-    if budget is None:
-        budget = Budget.of(engine.precision if isinstance(engine, Engine) else "fp32")
+    budget = budget or default_budget(engine)
     verifier = Verifier(against, engine, recipe, images, budget=budget)
     on_start(verifier)
     for step in verifier:
@@ -174,6 +173,14 @@ def evidence(verifier: Verifier) -> Evidence:
         images=verifier.images,
         noise=verifier.noise,
     )
+
+
+def default_budget(engine: Side) -> Budget:
+    """Returns the budget of what a deployed side says it computes in; fp32 where it says nothing."""
+    said = engine.source.get("precision") if isinstance(engine, Trace) else None
+    if isinstance(engine, Engine):
+        said = engine.precision
+    return Budget.of(said if said in ARITHMETICS else "fp32")
 
 
 def described(side: Side) -> dict[str, Any]:

@@ -65,6 +65,10 @@ def test_the_share_is_met_as_often_as_it_says() -> None:
         (Sampled(seen=1000, of=1000), "all 1000 timesteps"),
         (Sampled(seen=50, of=1000), "50 of 1000 timesteps, those that the loop visits"),
         (
+            Sampled(seen=50, of=1000, recorded=True),
+            "50 of 1000 timesteps, those that the trace holds",
+        ),
+        (
             Sampled(seen=50, of=1000, drawn=True),
             "50 of 1000 timesteps; a fault at 5.9% of them or more is met with 95% confidence",
         ),

@@ -185,3 +185,16 @@ def test_the_pictures_that_a_loop_made_itself_are_compared(engine: Engine) -> No
     assert found.pictures is not None
     assert found.pictures.equal < 0.5
     assert not found.passed
+
+
+def test_a_recorded_engine_has_the_budget_of_its_precision(tmp_path: Path) -> None:
+    good = open_engine(write_graph(tmp_path / "unet.onnx", tiny_spec()))
+    loop = engine_loop(good, Recipe(), range(2))
+    kinds = {"fp16": 5e-3, "bf16": 4e-2, "fp32": 2e-5, "whatever": 2e-5}
+    for precision, bound in kinds.items():
+        source = {"precision": precision}
+        trace = record(
+            loop_steps(loop), spec=good.spec, recipe=Recipe(), images=range(2), source=source
+        )
+        found = verify(trace, good)
+        assert found.comparison.budget.bound("local", "out") == bound

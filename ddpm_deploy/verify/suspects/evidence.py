@@ -82,8 +82,8 @@ class Evidence:
         return self.comparison.budget.bound("local", "out") or TOLERANCE
 
     def left_by_a_fault(self, error: float) -> float:
-        """Returns what a fault may leave of an error, to explain it."""
-        return max(self.bound, MATCH * min(error, 1.0))
+        """Returns what a fault may leave of an error, to explain it: never more than a third."""
+        return min(max(self.bound, MATCH * min(error, 1.0)), error / 3)
 
     @cached_property
     def worst(self) -> list[Pair]:

@@ -48,7 +48,7 @@ def sampler_causes(evidence: Evidence) -> Iterator[Cause]:
     elif evidence.step_is_off:
         base = max(evidence.step_errors.values())
         suspect, left = _nearest(evidence)
-        if suspect is not None and left <= max(ARITHMETIC, base / 1000):
+        if suspect is not None and left <= min(max(ARITHMETIC, base / 1000), base / 3):
             yield Cause(
                 name=suspect.name,
                 place="sampler",
