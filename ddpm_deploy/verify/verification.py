@@ -176,7 +176,7 @@ def evidence(verifier: Verifier) -> Evidence:
 
 
 def default_budget(engine: Side) -> Budget:
-    """Returns the budget of what a deployed side says it computes in; fp32 where it says nothing."""
+    """Returns the budget of what a deployed side says it computes in, or float32's."""
     said = engine.source.get("precision") if isinstance(engine, Trace) else None
     if isinstance(engine, Engine):
         said = engine.precision
