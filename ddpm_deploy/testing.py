@@ -51,6 +51,7 @@ def assert_same_model(
         AssertionError: Something is; the message has each value, and the likely cause.
         DDPMDeployError: The two cannot be compared.
     """
+    __tracebackhide__ = True  # pytest then shows the test's line, not this one
     if isinstance(budget, Path):
         budget = read_budget(budget)
     elif isinstance(budget, str):
@@ -81,5 +82,7 @@ def _said(engine: str | Path, against: str | Path, found: Verification) -> str:
     lines = [f"{engine} is not the model of {against}:"]
     lines += [f"  {failure}" for failure in found.comparison.failures]
     for cause in found.causes:
-        lines += [f"likely cause: {cause.says}", *(f"  {line}" for line in cause.evidence)]
+        word = "cause" if cause.certain else "likely cause"
+        lines += [f"{word}: {cause.says}", *(f"  {line}" for line in cause.evidence)]
+        lines += [f"  mend: {cause.mend}"] if cause.mend else []
     return "\n".join(lines)

@@ -249,7 +249,7 @@ def _walked(
 
     note("walking both graphs, layer by layer")
     walked = walk(found, cast("Engine", reference), cast("Engine", deployed), threads=threads)
-    causes = found.causes if found.passed else merged([*found.causes, *walked.causes()])
+    causes = found.causes if found.passed else merged([*walked.causes(), *found.causes])
     return replace(found, causes=causes, bisection=walked.to_dict()), walked.lines()
 
 

@@ -290,7 +290,7 @@ def check_path(path: Path) -> None:
     if path.is_dir():
         raise EngineError(
             f"{path} is a folder; an engine is a file.",
-            hint="Give the file: --engine unet.onnx",
+            hint="Give the path of the file in it.",
         )
     if path.suffix not in {".onnx", ".plan", *CHECKPOINT_SUFFIXES}:
         raise EngineError(
@@ -300,7 +300,9 @@ def check_path(path: Path) -> None:
     if path.suffix != ".plan" and not path.is_file():
         raise EngineError(
             f"There is no file {path}.",
-            hint="Make it first: ddpm-deploy export CHECKPOINT -o unet.onnx",
+            hint="Give the path of your trained checkpoint."
+            if path.suffix in CHECKPOINT_SUFFIXES
+            else "Make it first: ddpm-deploy export CHECKPOINT -o unet.onnx",
         )
 
 

@@ -125,6 +125,7 @@ def _operators(pair: Pair) -> Iterator[Difference]:
                 where=a.where,
                 says=f"{a.outputs[0]} is made by {b.op_type}; in the reference by {a.op_type}.",
                 evidence={"reference": a.op_type, "engine": b.op_type},
+                names=(a.outputs[0],),
             )
     if forms:
         _, wanted, given = forms[0]
@@ -134,6 +135,7 @@ def _operators(pair: Pair) -> Iterator[Difference]:
             says=f"GELU is computed by {given} at {times(len(forms))}; the reference computes it "
             f"by {wanted}.",
             evidence={"reference": wanted, "engine": given, "nodes": len(forms)},
+            names=tuple(node.outputs[0] for node, _, _ in forms),
         )
 
 
@@ -196,6 +198,7 @@ def _attributes(pair: Pair) -> Iterator[Difference]:
                 "engine": given_value,
                 "nodes": len(nodes),
             },
+            names=tuple(node.outputs[0] for node in nodes),
         )
 
 
@@ -214,7 +217,7 @@ def _wiring(pair: Pair) -> Iterator[Difference]:
     if not pair.names_hold:
         return
     sides = list(_attentions(pair.reference))
-    swapped: dict[str, None] = {}
+    swapped: dict[str, list[str]] = {}
     for a, b in pair.nodes:
         wanted, given = _activations(a, pair), _activations(b, pair)
         same = wanted == given and a.outputs == b.outputs
@@ -224,7 +227,7 @@ def _wiring(pair: Pair) -> Iterator[Difference]:
             continue  # read from what ONNX Runtime made of several nodes
         at = next((side for side in sides if side.exchanged(a, b, wanted, given)), None)
         if at is not None:
-            swapped[at.where] = None
+            swapped.setdefault(at.where, []).append(a.outputs[0])
         elif wanted != given:
             names = ", ".join(given), ", ".join(wanted)
             yield Difference(
@@ -233,8 +236,9 @@ def _wiring(pair: Pair) -> Iterator[Difference]:
                 says=f"{a.op_type} {a.outputs[0]} reads {names[0]}; in the reference it reads "
                 f"{names[1]}.",
                 evidence={"reference": names[1], "engine": names[0]},
+                names=(a.outputs[0],),
             )
-    yield from map(_swapped, swapped)
+    yield from (_swapped(where, names) for where, names in swapped.items())
 
 
 def _bypasses(a: PlainNode, b: PlainNode, pair: Pair) -> bool:
@@ -247,12 +251,13 @@ def _bypasses(a: PlainNode, b: PlainNode, pair: Pair) -> bool:
     )
 
 
-def _swapped(where: str) -> Difference:
+def _swapped(where: str, names: Sequence[str]) -> Difference:
     return Difference(
         kind="q-k-swapped",
         where=where,
         says=f"Queries and keys are exchanged in the attention of {where}: its scores are the "
         "reference's, transposed.",
+        names=tuple(names),
     )
 
 

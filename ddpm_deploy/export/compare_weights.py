@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -122,7 +121,7 @@ def _oriented(wanted: Array, node: PlainNode) -> Array:
 def weight_faults(pairs: Iterator[Weights] | Sequence[Weights]) -> list[Difference]:
     """Says what was done to weights; to nearly all of them, once."""
     total = 0
-    rounded: Counter[str] = Counter()
+    rounded: dict[str, list[str]] = {}
     far: list[float] = []
     found: list[Difference] = []
     for label, wanted, given in pairs:
@@ -131,7 +130,7 @@ def weight_faults(pairs: Iterator[Weights] | Sequence[Weights]) -> list[Differen
         if made is None:
             continue
         if made.kind == "weights-rounded":
-            rounded[made.evidence["type"]] += 1
+            rounded.setdefault(made.evidence["type"], []).append(label)
             continue
         if made.kind == "weight-changed":
             far.append(made.evidence["distance"])
@@ -141,20 +140,28 @@ def weight_faults(pairs: Iterator[Weights] | Sequence[Weights]) -> list[Differen
         if kind == "weight-zero" and label.endswith("bias"):
             kind = "bias-missing"
         found.append(
-            Difference(kind=kind, where=label, says=f"{label} {made.says}.", evidence=made.evidence)
+            Difference(
+                kind=kind,
+                where=label,
+                says=f"{label} {made.says}.",
+                evidence=made.evidence,
+                names=(label,),
+            )
         )
     if len(far) >= max(4, 0.7 * total):
         found = [d for d in found if d.kind != "weight-changed"]
         found.append(_other_weights(far, total))
-    if rounded["tf32"]:  # fp16 has the same fraction; the two part where numbers are small
-        rounded["tf32"] += rounded.pop("fp16", 0)
-    for name, count in (+rounded).items():
+        rounded.clear()  # what few equal numbers look like beside so many others
+    if "tf32" in rounded:  # fp16 has the same fraction; the two part where numbers are small
+        rounded["tf32"] += rounded.pop("fp16", [])
+    for name, labels in rounded.items():
         found.append(
             Difference(
                 kind="weights-rounded",
-                where=f"{count} of {total} weights",
-                says=f"{count} of {total} weights are the reference's, rounded to {name}.",
-                evidence={"type": name, "weights": count, "of": total},
+                where=f"{len(labels)} of {total} weights",
+                says=f"{len(labels)} of {total} weights are the reference's, rounded to {name}.",
+                evidence={"type": name, "weights": len(labels), "of": total},
+                names=tuple(labels),
             )
         )
     return found

@@ -47,12 +47,15 @@ class Difference:
         where: The parameter or module, as the checkpoint calls it.
         says: A sentence with the values.
         evidence: The values, in JSON's types or tuples.
+        names: Weights and first outputs of nodes that both graphs have by these names, so that the
+            reference's can stand in for the engine's; empty where there are none.
     """
 
     kind: str
     where: str
     says: str
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
 
 def worst(found: Sequence[Difference]) -> list[Difference]:
@@ -69,7 +72,8 @@ def worst(found: Sequence[Difference]) -> list[Difference]:
                 replace(
                     alike[0],
                     where=listed([one.where for one in alike]),
-                    says=f"{alike[0].says} So it is at {times(more, 'other place')}.",
+                    says=f"{alike[0].says} {times(more, 'more place')} likewise.",
+                    names=tuple(name for one in alike for name in one.names),
                 )
             ]
         short += alike

@@ -17,12 +17,14 @@ from ddpm_deploy.errors import DDPMDeployError, ExportError
 from ddpm_deploy.export.bisect import Bisection, NotFinite, TensorError, bisect_graphs
 from ddpm_deploy.export.compare import differences, weight_differences
 from ddpm_deploy.export.difference import Difference
-from ddpm_deploy.export.lift import lift
+from ddpm_deploy.export.lift import Calls, lift, output_error
 from ddpm_deploy.export.onnx_file import load_graph, weight_files
+from ddpm_deploy.export.rounding import rounded
+from ddpm_deploy.export.undo import undone
 from ddpm_deploy.files import sha256
 from ddpm_deploy.parity import TOLERANCE, relative_error
 from ddpm_deploy.verify.cause import Cause
-from ddpm_deploy.verify.causes import merged
+from ddpm_deploy.verify.causes import VAGUE, merged
 from ddpm_deploy.verify.compare import Side
 from ddpm_deploy.verify.verification import Verification
 
@@ -49,7 +51,7 @@ class Walk:
         first = found.first or found.crossing
         if first is None:
             return
-        others = [_said(jump) for jump in found.jumps if jump.tensor != first.tensor][:2]
+        others = [_said(j) for j in found.jumps if j.local > 0 and j.tensor != first.tensor][:2]
         yield Cause(
             name="node",
             place="network",
@@ -60,7 +62,6 @@ class Walk:
                 *others,
             ),
             mend="Compare that layer with the checkpoint's.",
-            certain=found.first is not None,
         )
 
     def lines(self) -> list[str]:
@@ -71,7 +72,7 @@ class Walk:
         head = f"{len(found.tensors)} tensors compared at t = {self.t}"
         if found.first is None and found.not_finite is None:
             head += f"; no node by itself is beyond {found.budget:.0e}; the largest:"
-        return [head, *(f"  {_said(jump)}" for jump in found.jumps)]
+        return [head, *(f"  {_said(jump)}" for jump in found.jumps if jump.local > 0)]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON's types."""
@@ -91,8 +92,9 @@ class Walk:
 def explain(found: Verification, reference: Side, engine: Side) -> tuple[Cause, ...]:
     """Returns a verification's causes with what the files show, the certain ones first.
 
-    That is a stale plan, other weights, another operator, or a part in half precision. Where the
-    weights of a checkpoint explain nothing, it is traced, which takes as long as its export.
+    That is a stale plan, other weights, another operator, or a part in half precision. A difference
+    is certain where the network is inside its budget once it is undone. A checkpoint is traced to
+    be compared, which takes as long as its export.
 
     Args:
         found: A verification that failed.
@@ -101,16 +103,76 @@ def explain(found: Verification, reference: Side, engine: Side) -> tuple[Cause, 
     """
     if not (isinstance(engine, Engine) and isinstance(reference, Engine)):
         return found.causes
-    causes = [*found.causes, *_stale(reference, engine)]
+    causes = [*_stale(reference, engine), *found.causes]
+    more: list[Cause] = []
     graph = source_graph(engine)
-    known = any(cause.certain for cause in causes)
-    if graph is not None and (known or _is_off(found)):
+    inside = {"input", "network", "precision"}
+    explained = any(cause.certain and cause.place in inside for cause in causes)
+    if graph is not None and not explained and _is_off(found):
         with suppress(DDPMDeployError):  # a graph that cannot be read has been run all the same
-            given = load_graph(graph)
-            parts = [] if known else _parts(found, engine, given)
-            listed = _listed(reference, engine, given, known=known or bool(parts))
-            causes += [*parts, *(_cause(one, engine) for one in listed)]
-    return merged(causes)
+            more = _of_graphs(found, reference, engine, load_graph(graph))
+    if any(cause.certain for cause in more):  # it is known what, so not that it is something
+        causes = [cause for cause in causes if cause.name not in VAGUE]
+    return merged([*more, *causes])
+
+
+def _of_graphs(
+    found: Verification, reference: Engine, engine: Engine, given: onnx.ModelProto
+) -> list[Cause]:
+    calls = _calls(found, engine)
+    if parts := _parts(given, calls):
+        return parts
+    weights = reference.weights()
+    listed = weight_differences(weights, given) if weights else []
+    wanted = None
+    if not any(one.kind in _ANOTHER for one in listed):
+        wanted = _graph(reference)
+        listed = differences(wanted, given)
+    if wanted is not None and not any(one.kind in _ANOTHER for one in listed):
+        tried = [(one, *_undone(one, wanted, given, calls)) for one in listed]
+        tried.sort(key=lambda each: each[2])
+        return [_cause(one, engine, before, after, found) for one, before, after in tried]
+    first = next(one for one in listed if one.kind in _ANOTHER)
+    another = [cause for cause in found.causes if cause.name == "another-checkpoint"]
+    return [_another(first, another[0] if another else None)]
+
+
+_ANOTHER = ("structure", "other-weights", "weight-shape")
+"""Differences of whole networks, of which the single ones need not be listed."""
+
+
+def _another(one: Difference, files: Cause | None) -> Cause:
+    """Names another network, by the files' hashes where these are known."""
+    return Cause(
+        name=one.kind,
+        place="file",
+        says=one.says if files is None else f"{files.says} {one.says}",
+        evidence=() if files is None else files.evidence,
+        mend="Export and build again from this checkpoint, or compare with the one it came from.",
+        certain=True,
+    )
+
+
+def _undone(
+    one: Difference, wanted: onnx.ModelProto, given: onnx.ModelProto, calls: Calls
+) -> tuple[float, float]:
+    """Returns the output's error as it is and with a difference undone; infinite if it cannot."""
+    fixed = undone(wanted, given, one.names)
+    if fixed is None or not calls:
+        return float("inf"), float("inf")
+    return output_error(rounded(given), calls), output_error(rounded(fixed), calls)
+
+
+def _calls(found: Verification, engine: Engine) -> Calls:
+    """Returns what both networks were fed where they differ most, and the reference's output."""
+    if found.recipe.guidance != 1:  # of which the kept outputs are made
+        return []
+    pairs = [pair for pair in found.comparison.kept if pair.finite]
+    pairs.sort(key=lambda pair: -relative_error(pair.local_given.out, pair.local_wanted.out))
+    return [
+        (_feeds(found, engine, pair.local_given.x_t, pair.local_given.t), pair.local_wanted.out)
+        for pair in pairs[:3]
+    ]
 
 
 def _is_off(found: Verification) -> bool:
@@ -121,27 +183,9 @@ def _is_off(found: Verification) -> bool:
     return result.not_finite is not None or max(errors, default=0.0) > bound
 
 
-def _listed(
-    reference: Engine, engine: Engine, given: onnx.ModelProto, *, known: bool
-) -> list[Difference]:
-    graph = source_graph(reference)
-    if graph is not None:
-        return differences(load_graph(graph), given)
-    listed = weight_differences(reference.weights(), given) if reference.weights() else []
-    if known or not all(_healthy(one, engine) for one in listed):
-        return listed
-    return differences(_graph(reference), given)
-
-
-def _parts(found: Verification, engine: Engine, given: onnx.ModelProto) -> list[Cause]:
-    """Names the half-precision part without which the network is inside its budget."""
-    pairs = [pair for pair in found.comparison.kept if pair.finite]
-    pairs.sort(key=lambda pair: -relative_error(pair.local_given.out, pair.local_wanted.out))
-    calls = [
-        (_feeds(found, engine, pair.local_given.x_t, pair.local_given.t), pair.local_wanted.out)
-        for pair in pairs[:3]
-    ]
-    if not calls or found.recipe.guidance != 1:
+def _parts(given: onnx.ModelProto, calls: Calls) -> list[Cause]:
+    """Names the half-precision part without which the output is far nearer to the reference's."""
+    if not calls:
         return []
     causes = []
     for one in lift(given, calls):
@@ -268,23 +312,28 @@ def _graph(engine: Engine) -> onnx.ModelProto:
     )
 
 
-def _healthy(one: Difference, engine: Engine) -> bool:
-    """Tells whether a difference is what half precision does, in an engine that says it has it."""
-    return one.kind == "weights-rounded" and engine.precision != "fp32"
-
-
-def _cause(one: Difference, engine: Engine) -> Cause:
-    healthy = _healthy(one, engine)
+def _cause(
+    one: Difference, engine: Engine, before: float, after: float, found: Verification
+) -> Cause:
+    bound = found.comparison.budget.bound("local", "out") or TOLERANCE
+    proved = after <= bound and after < before / 3
+    evidence = "read off both files"
+    if np.isfinite(after):
+        evidence += (
+            f"; undone, the output is off by {after:.1e} of its peak in place of {before:.1e}"
+        )
+    rounding = one.kind == "weights-rounded"
+    if rounding and engine.precision != "fp32":
+        evidence += "; rounded weights alone are what half precision does"
     return Cause(
         name=one.kind,
-        place="precision" if one.kind == "weights-rounded" else "network",
-        says=f"{one.says.removesuffix('.')} ({one.where}).",
-        evidence=(
-            "read off both files"
-            + ("; rounded weights alone are what half precision does" if healthy else ""),
-        ),
+        place="precision" if rounding else "network",
+        says=f"{one.says.removesuffix('.')} ({one.where})."
+        if one.where not in one.says
+        else one.says,
+        evidence=(evidence,),
         mend="Export the network again from its checkpoint.",
-        certain=not healthy,
+        certain=proved,
     )
 
 

@@ -19,6 +19,9 @@ from ddpm_deploy.export.rounding import rounded
 from ddpm_deploy.fused import COLUMNS
 from ddpm_deploy.parity import relative_error
 
+Calls = Sequence[tuple[Mapping[str, Array], Samples]]
+"""Inputs of a network, and the output that its reference gave."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -70,9 +73,7 @@ def half_parts(model: onnx.ModelProto) -> list[Part]:
     return [Part(name=name, tensors=frozenset(found)) for name, found in parts.items() if found]
 
 
-def lift(
-    model: onnx.ModelProto, calls: Sequence[tuple[Mapping[str, Array], Samples]]
-) -> list[Lifted]:
+def lift(model: onnx.ModelProto, calls: Calls) -> list[Lifted]:
     """Tries each part in float32, with the graph rounding as half precision does.
 
     Args:
@@ -87,9 +88,9 @@ def lift(
     parts = half_parts(model)
     if not parts:
         return []
-    before = _error(plain, calls)
+    before = output_error(plain, calls)
     return [
-        Lifted(part=part, before=before, after=_error(_unrounded(plain, part.tensors), calls))
+        Lifted(part=part, before=before, after=output_error(_unrounded(plain, part.tensors), calls))
         for part in parts
     ]
 
@@ -106,7 +107,13 @@ def _unrounded(model: onnx.ModelProto, tensors: Collection[str]) -> onnx.ModelPr
     return copy
 
 
-def _error(model: onnx.ModelProto, calls: Sequence[tuple[Mapping[str, Array], Samples]]) -> float:
+def output_error(model: onnx.ModelProto, calls: Calls) -> float:
+    """Returns the largest `relative_error` of a float32 graph's output over some calls.
+
+    Raises:
+        EngineError: The graph cannot be run.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
     with needs("onnxruntime", extra="cpu"):
         from ddpm_deploy.engines.ort import run_graph  # noqa: PLC0415
     takes = {value.name for value in model.graph.input}

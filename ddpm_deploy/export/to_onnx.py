@@ -137,15 +137,17 @@ def trace_network(network: nn.Module, spec: ModelSpec, *, opset: int = 20) -> on
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps torch's remarks about its own insides from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _strip_provenance(model: onnx.ModelProto) -> None:

@@ -15,6 +15,10 @@ from ddpm_deploy.verify.suspects.pictures import picture_causes
 from ddpm_deploy.verify.suspects.sampler import sampler_causes
 
 
+VAGUE = ("network", "reduced-precision")
+"""Causes that say no more than that something differs."""
+
+
 def find_causes(evidence: Evidence, pixels: tuple[Pixels, Pixels] | None) -> tuple[Cause, ...]:
     """Returns what explains that a deployed loop differs, the likeliest first.
 
@@ -47,6 +51,6 @@ def merged(causes: Iterable[Cause]) -> tuple[Cause, ...]:
         found.setdefault(cause.name, cause)
     inside = [c for c in found.values() if c.certain and c.place in {"network", "precision"}]
     if inside:  # it is known where, so it need not be said that it is somewhere
-        for vague in ("network", "reduced-precision"):
+        for vague in VAGUE:
             found.pop(vague, None)
     return tuple(sorted(found.values(), key=lambda cause: not cause.certain))

@@ -15,8 +15,9 @@ from ddpm_deploy.export.rounding import rounded
 from ddpm_deploy.verify.sampled import stratified
 from ddpm_deploy.verify.verification import verify
 from tests.commands import refusal, run
+from tests.support import write_checkpoint
 from tests.verify.conftest import DEMO
-from tests.verify.graph_faults import GRAPHS, gelu_by_tanh
+from tests.verify.graph_faults import GRAPHS, KERNEL, gelu_by_tanh, weight
 
 RECIPE = Recipe(sampler="ddpm", steps=stratified(1000, 16, seed=0))
 
@@ -146,3 +147,51 @@ def test_a_trace_has_no_graph_to_walk(tmp_path: Path, demo: Path) -> None:
     assert outcome.code == 0, outcome.err
     message = refusal(run("verify", "-e", demo, "--against", trace, "--bisect"))
     assert message.endswith("is a trace, which has no graph that --bisect could walk.")
+
+
+def test_a_harmless_difference_is_not_the_cause(
+    tmp_path: Path, demo: Path, trained: Engine
+) -> None:
+    # A normalisation follows this kernel, so that its size is no matter; the epsilon is.
+    model = onnx.load(demo)
+    weight(KERNEL, lambda w: 1.05 * w)(model)
+    GRAPHS["another epsilon"][1](model)
+    onnx.save_model(model, tmp_path / "both.onnx")
+    engine = open_engine(tmp_path / "both.onnx", threads=1)
+    found = verify(engine, trained, RECIPE, range(2))
+    first, *others = explain(found, trained, engine)
+    assert first.name == "epsilon"
+    assert first.certain
+    assert "undone, the output is off by " in first.evidence[0]
+    assert [(c.name, c.certain) for c in others] == [("weight-scaled", False)]
+
+
+def test_two_faults_are_both_named_and_neither_is_the_whole_cause(
+    tmp_path: Path, demo: Path, healthy: Engine
+) -> None:
+    model = onnx.load(demo)
+    GRAPHS["GELU by tanh"][1](model)
+    GRAPHS["a bias missing"][1](model)
+    onnx.save_model(model, tmp_path / "both.onnx")
+    engine = open_engine(tmp_path / "both.onnx", threads=1)
+    causes = explain(verify(engine, healthy, RECIPE, range(2)), healthy, engine)
+    assert [c.name for c in causes][:2] == ["bias-missing", "gelu"]  # the larger one first
+    assert not any(c.certain for c in causes)
+
+
+def test_another_checkpoint_is_said_first_and_alone(tmp_path: Path) -> None:
+    engines = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        checkpoint = write_checkpoint(folder / "ckpt.pt", seed=seed)
+        assert run("export", checkpoint, "-o", folder / "unet.onnx").code == 0
+        engines.append(open_engine(folder / "unet.onnx", threads=1))
+    reference, engine = engines
+    found = verify(engine, reference, Recipe(), range(2))
+    first, *others = explain(found, reference, engine)
+    assert first.name == "other-weights"
+    assert first.certain
+    assert first.says.startswith("The engine was made from another checkpoint file")
+    assert "SHA-256" in first.evidence[0]
+    assert {c.name for c in others} <= {"another-checkpoint"}
