@@ -54,6 +54,18 @@ def test_a_fault_of_the_loop_is_named(
     assert names(found)[0] == wanted
 
 
+@pytest.mark.parametrize(
+    "fault",
+    ["noise per batch", "another seed", "one noise for all", "β for β̃", "1 / α for 1 / √α"],
+)
+def test_a_fault_of_the_loop_is_named_without_a_stride(engine: Engine, fault: str) -> None:
+    # No timestep lies between two visited ones, so a wrong stride has a row for the last step
+    # alone, which these faults leave as it was.
+    wanted, plant = faults.LOOPS[fault]
+    world = World(good=engine, recipe=Recipe(), images=range(4))
+    assert names(compared(plant(world), engine, world))[0] == wanted
+
+
 @pytest.mark.parametrize("fault", faults.NETWORKS)
 def test_a_fault_around_the_network_is_named(world: World, trained: Engine, fault: str) -> None:
     wanted, plant = faults.NETWORKS[fault]

@@ -93,12 +93,17 @@ def _other_steps(evidence: Evidence) -> Cause | None:
 
 
 def _left(evidence: Evidence, rows: Rows) -> float:
-    """Returns the largest error that other rows leave; infinite where they say nothing."""
+    """Returns the largest error that other rows leave.
+
+    Infinite where they have no row for a step that differs, so that they cannot explain it.
+    """
     errors = []
     for pair in evidence.pairs:
         row = rows(pair)
         if row is not None:
             errors.append(evidence.step_error(pair, row))
+        elif evidence.step_errors[pair.k] > ARITHMETIC:
+            return float("inf")
     return max(errors, default=float("inf"))
 
 
@@ -141,7 +146,7 @@ def _of_the_row(evidence: Evidence) -> Iterator[Suspect]:
             evidence.row(pair), x_from_noise=evidence.row(pair).x_from_noise ** 2
         ),
     )
-    if evidence.recipe.sampler == "ddim":
+    if evidence.recipe.sampler == "ddim" and evidence.spec.prediction == "epsilon":
         yield Suspect(
             name="ddim-direction",
             says="takes DDIM's direction from the network's output, where x_0 was clipped",
