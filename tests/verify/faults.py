@@ -126,6 +126,13 @@ def last_noise(world: World) -> Loop:
     return world.loop(table=rows)
 
 
+def last_noise_of_beta(world: World) -> Loop:
+    rows = world.table()
+    alpha_bar = world.good.spec.schedule.alpha_bar[rows[-1].t]
+    rows[-1] = replace(rows[-1], x_from_noise=float(np.sqrt(1 - alpha_bar)))  # β from t to -1
+    return world.loop(table=rows)
+
+
 def per_batch(world: World) -> Callable[[int], Samples]:
     """Draws a batch's noise from one generator, as `torch.randn` does."""
     shape = (len(world.images), *world.good.spec.sample_shape)
@@ -208,6 +215,7 @@ LOOPS: Mapping[str, tuple[str, Callable[[World], Loop]]] = {
     "β for β̃": ("wrong-variance", lambda w: w.other_spec(variance="fixed_large")),
     "no clip": ("wrong-clip", lambda w: w.other_spec(clip=None)),
     "noise in the last step": ("noise-in-last-step", last_noise),
+    "√β z in the last step": ("noise-in-last-step", last_noise_of_beta),
     "no noise": ("no-noise", lambda w: w.loop(table=w.table(x_from_noise=0.0))),
     "stride off by one": ("stride-off-by-one", strided_wrongly),
     "read as v": ("wrong-prediction", lambda w: w.other_spec(prediction="v_prediction")),

@@ -5,6 +5,7 @@ Each is another table. It is named where the deployed steps follow that table to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -121,17 +122,23 @@ def _suspects(evidence: Evidence) -> Iterator[Suspect]:
 def _of_the_row(evidence: Evidence) -> Iterator[Suspect]:
     """One entry of each row is another."""
 
-    def last(pair: Pair) -> Transition:
-        row, before = evidence.row(pair), evidence.table[max(len(evidence.table) - 2, 0)]
-        ends = pair.k == len(evidence.table)
-        return replace(row, x_from_noise=before.x_from_noise) if ends else row
+    def last(std: float) -> Rows:
+        def rows(pair: Pair) -> Transition:
+            row = evidence.row(pair)
+            return replace(row, x_from_noise=std) if pair.k == len(evidence.table) else row
 
-    yield Suspect(
-        name="noise-in-last-step",
-        says="adds noise in its last step too",
-        mend="Add no noise where s is the clean image (Algorithm 2: z = 0 at t = 1).",
-        rows=last,
-    )
+        return rows
+
+    before, end = evidence.table[max(len(evidence.table) - 2, 0)], evidence.table[-1]
+    beta = evidence.spec.schedule.beta_between(end.s, end.t)
+    # β̃ is 0 in the last step, so code that adds noise there takes its neighbour's, or β.
+    for std in (before.x_from_noise, math.sqrt(beta)):
+        yield Suspect(
+            name="noise-in-last-step",
+            says="adds noise in its last step too",
+            mend="Add no noise where s is the clean image (Algorithm 2: z = 0 at t = 1).",
+            rows=last(std),
+        )
     yield Suspect(
         name="no-noise",
         says="adds no noise",
