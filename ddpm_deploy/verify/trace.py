@@ -9,12 +9,12 @@ compressed, of NumPy arrays (`numpy.load` reads it too), little-endian, rows fir
                 the result of transition k
     states      float32 (J, N, *sample_shape)
     outputs_at  int64 (K,), ascending: numbers of the transitions that are there, 1 being the
-                noisiest
+                noisiest; the last of the loop is among them
     outputs     float32 (K, N, *sample_shape): what the network predicted in them
     pictures    uint8 (N, H, W, C), where the loop made some: what it returned at the end
     sha256      uint8 (32,): the SHA-256 of the bytes of the `.npy` files above, in that order
 
-Of transition k the states k-1 and k are there, and of the loop the last state.
+Of transition k the states k-1 and k are there.
 """
 
 from __future__ import annotations
@@ -71,14 +71,13 @@ _UNREADABLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Some steps of a loop, and where it ended.
+    """Some steps of a loop, the last among them.
 
     Attributes:
         spec: What the network is.
         recipe: Sampler, seed and labels.
         images: Indices of the images.
-        steps: Transitions by their number, 1 being the noisiest.
-        final: float32, (N, *sample_shape): the last state.
+        steps: Transitions by their number, 1 being the noisiest; the last is there.
         pictures: uint8, (N, H, W, C): what the loop returned, where it makes pictures itself.
         source: What made it: runtime, file, hash, in JSON's types.
     """
@@ -87,7 +86,6 @@ class Trace:
     recipe: Recipe
     images: tuple[int, ...]
     steps: Mapping[int, Step]
-    final: Samples
     pictures: Pixels | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
 
@@ -96,12 +94,23 @@ class Trace:
         """The sampler that its recipe names."""
         return self.recipe.table(self.spec)
 
+    @property
+    def final(self) -> Samples:
+        """float32, (N, *sample_shape): the last state."""
+        return self.steps[max(self.steps)].x
+
 
 def chosen_steps(count: int, keep: int) -> list[int]:
-    """Returns up to `keep` of the transitions 1..count, evenly spread, both ends among them."""
+    """Returns up to `keep` of the transitions 1..count, evenly spread, both ends among them.
+
+    Raises:
+        ValueError: `keep` is below 2, which leaves an end out.
+    """
+    if keep < 2:
+        raise ValueError(f"{keep} steps are to be kept; the first and the last always are")
     if keep >= count:
         return list(range(1, count + 1))
-    return sorted({1 + round(i * (count - 1) / max(keep - 1, 1)) for i in range(keep)})
+    return sorted({1 + round(i * (count - 1) / (keep - 1)) for i in range(keep)})
 
 
 def record(
@@ -121,7 +130,7 @@ def record(
         spec: What the network is.
         recipe: What the loop was told.
         images: Indices of the images.
-        keep: How many steps stay, evenly spread; all when None.
+        keep: How many steps stay, evenly spread, at least 2; all when None.
         pictures: uint8, (N, H, W, C), where the loop makes some itself.
         source: What made it.
 
@@ -130,10 +139,10 @@ def record(
 
     Raises:
         TraceError: The loop did not come to its end, or its arrays have another dtype or shape.
-        ValueError: The recipe does not fit the network's schedule.
+        ValueError: The recipe does not fit the network's schedule, or `keep` is below 2.
     """
     count = len(recipe.table(spec))
-    wanted = set(chosen_steps(count, count if keep is None else keep))
+    wanted = set(range(1, count + 1) if keep is None else chosen_steps(count, keep))
     shape = (len(images), *spec.sample_shape)
     kept: dict[int, Step] = {}
     last = None
@@ -151,7 +160,6 @@ def record(
         recipe=recipe,
         images=tuple(images),
         steps=kept,
-        final=_copied(last, shape).x,
         pictures=pictures,
         source=dict(source or {}),
     )
@@ -227,7 +235,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def _states(trace: Trace) -> dict[int, Samples]:
-    states = {len(trace.table): trace.final}
+    states: dict[int, Samples] = {}
     for k, step in trace.steps.items():
         states |= {k - 1: step.x_t, k: step.x}
     return states
@@ -285,8 +293,14 @@ def _trace(path: Path, content: bytes) -> Trace:
     arrays = {name: _array(files[name]) for name in names}
     shape = (len(images), *spec.sample_shape)
     states = _numbered("states", arrays, shape, range(len(table) + 1))
+    outputs = _numbered("outputs", arrays, shape, range(1, len(table) + 1))
+    # Without its end a loop would be called the same whatever it came to.
+    if len(table) not in outputs:
+        raise ValueError(f"output {len(table)}, the last, is missing")
+    if missing := sorted({at for k in outputs for at in (k - 1, k)} - states.keys()):
+        raise ValueError(f"states {missing} are missing")
     steps = {}
-    for k, out in _numbered("outputs", arrays, shape, range(1, len(table) + 1)).items():
+    for k, out in outputs.items():
         row, x_t = table[k - 1], states[k - 1]
         steps[k] = Step(k=k, t=row.t, x_t=x_t, out=out, x0=predicted_x0(row, x_t, out), x=states[k])
     return Trace(
@@ -294,7 +308,6 @@ def _trace(path: Path, content: bytes) -> Trace:
         recipe=recipe,
         images=images,
         steps=steps,
-        final=states[len(table)],
         pictures=_pictures(arrays["pictures"], shape) if "pictures" in arrays else None,
         source=dict(header["source"]),
     )

@@ -385,11 +385,30 @@ def test_arrays_that_do_not_fit_are_refused(
         read_trace(rewrite(tmp_path / "a", files))
 
 
-def test_a_step_without_its_state_is_refused(tmp_path: Path, written: Path) -> None:
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ([], "output 4, the last, is missing"),
+        ([1], "output 4, the last, is missing"),
+        ([1, 2, 4], r"states \[2\] are missing"),
+    ],
+)
+def test_a_loop_that_is_not_all_there_is_refused(
+    tmp_path: Path, written: Path, at: list[int], message: str
+) -> None:
+    # Whoever compares nothing would find no difference.
     small = replace(tiny_spec(timesteps=4), sample_shape=(1, 2, 2))
     write_trace(written, traced(small, keep=2))  # transitions 1 and 4 of 4
-    files = {**parts(written), "outputs_at.npy": npy(np.array([1, 3]))}
-    assert "no trace" in refused(rewrite(tmp_path / "a", files))
+    outputs = np.zeros((len(at), 2, 1, 2, 2), np.float32)
+    files = {"outputs_at.npy": npy(np.array(at, np.int64)), "outputs.npy": npy(outputs)}
+    with pytest.raises(TraceError, match=message):
+        read_trace(rewrite(tmp_path / "a", {**parts(written), **files}))
+
+
+@pytest.mark.parametrize("keep", [1, 0, -1])
+def test_a_trace_keeps_both_ends(keep: int) -> None:
+    with pytest.raises(ValueError, match=f"^{keep} steps are to be kept; the first and the last"):
+        traced(tiny_spec(), keep=keep)
 
 
 def test_a_place_that_cannot_be_written_keeps_what_was_there(tmp_path: Path) -> None:
