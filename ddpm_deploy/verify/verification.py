@@ -81,7 +81,7 @@ class Verification:
             "sampled": {**asdict(self.sampled), "share": self.sampled.share},
             "seconds": self.seconds,
             "command": list(self.command),
-            "bisection": self.bisection,
+            "bisection": self.bisection and plain(self.bisection),
             **found,
         }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from ddpm_deploy.run import Recipe
 from ddpm_deploy.verify import Budget, Comparison, Errors, Verifier
 from ddpm_deploy.verify.compare import differing_fields
 from tests.support import tiny_spec, write_graph
+from tests.verify.verifications import verified
 
 NONE = Errors(max=0.0, l2=0.0, cosine=1.0, psnr=float("inf"))
 
@@ -204,3 +206,14 @@ def test_samples_of_any_rank_are_compared(tmp_path: Path, shape: tuple[int, ...]
     result = compare(Halving(), Halving())
     assert result.pictures is not None
     assert (len(result.pictures.psnr), result.pictures.equal, result.failures) == (2, 1.0, [])
+
+
+def test_json_has_no_infinite_number(tmp_path: Path) -> None:
+    # A walk gives one where the engine's numbers end and the reference's do not.
+    jump = {"tensor": "conv", "local": float("inf"), "error": float("nan")}
+    found = replace(verified(tmp_path), bisection={"t": 3, "jumps": [jump]})
+    said = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert said["bisection"] == {
+        "t": 3,
+        "jumps": [{"tensor": "conv", "local": None, "error": None}],
+    }

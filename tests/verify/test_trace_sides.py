@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,13 +149,14 @@ def own_loop(engine: Engine, *, fault: str = "") -> Iterator[Step]:
         yield Step(k=k, t=t, x_t=x_t, out=out, x0=x0, x=x)
 
 
-def of_own_loop(engine: Engine, *, fault: str = "") -> Trace:
+def of_own_loop(engine: Engine, *, fault: str = "", keep: int | None = None) -> Trace:
     with np.errstate(invalid="ignore"):
         return record(
             own_loop(engine, fault=fault),
             spec=engine.spec,
             recipe=Recipe(seed=5, sampler="ddim", steps=4),
             images=IMAGES,
+            keep=keep,
         )
 
 
@@ -176,6 +178,32 @@ def test_the_step_of_one_s_own_loop_that_is_not_finite_is_named(engine: Engine) 
     bad = compare(engine, of_own_loop(engine, fault="nan")).not_finite
     assert bad is not None
     assert (bad.k, bad.t, bad.where) == (3, 5, "local")
+
+
+def test_a_step_fed_numbers_that_are_not_finite_is_not_to_blame(engine: Engine) -> None:
+    bad = compare(engine, of_own_loop(engine, fault="nan", keep=2)).not_finite  # steps 1 and 4
+    assert bad is not None
+    assert (bad.k, bad.t, bad.where) == (4, 0, "accumulated")
+
+
+def test_a_state_beyond_what_the_reference_bears_is_the_loop_s_fault() -> None:
+    class Halving(Engine):
+        """Overflows as a network with squares in its norms does."""
+
+        name, path, spec = "halving", Path("none"), tiny_spec()
+
+        def _run(self, feeds: Mapping[str, Any]) -> np.ndarray:
+            return np.where(np.abs(feeds["x"]) > 1e19, np.inf, feeds["x"] / 2).astype(np.float32)
+
+    good = Halving()
+    loop = engine_loop(good, RECIPE, IMAGES)
+    steps = list(loop_steps(loop))
+    steps[9] = replace(steps[9], x=steps[9].x * np.float32(1e20))
+    steps[10] = replace(steps[10], x_t=steps[9].x)
+    found = compare(good, record(steps, spec=good.spec, recipe=RECIPE, images=IMAGES))
+    assert len(found.steps) == 20
+    assert found.not_finite is None
+    assert not found.passed
 
 
 def test_the_pictures_that_a_loop_made_itself_are_compared(engine: Engine) -> None:
