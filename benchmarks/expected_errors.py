@@ -193,11 +193,7 @@ def row(
         ],
         "pixels": [wanted.pictures.close, pictures.close if pictures else None],
         "psnr": [min(wanted.pictures.psnr), min(pictures.psnr) if pictures else None],
-        "amplification": [
-            wanted.amplification,
-            result.worst_accumulated.accumulated.x.max
-            / max(step.local.x.max for step in result.steps),
-        ],
+        "amplification": [wanted.amplification, result.amplification],
         "ratios": [min(ratios), max(ratios)],
         "share": [float(f(shares)) for f in (np.min, np.median, np.max)],
         "persistent": persistent(errors),

@@ -172,11 +172,17 @@ def _origin(engine: Engine, recipe: Recipe, count: int, chosen: Expectation) -> 
             f"loop: {said}; {count} images",
             f"expected at worst: local error of the output {chosen.worst('local', 'out'):.1e}, "
             f"accumulated error of x {chosen.worst('accumulated', 'x'):.1e}",
-            f"amplification from local to accumulated x: {chosen.amplification:.3g}",
+            _amplification(chosen),
             f"allowed: {chosen.factor:g} times what is expected",
             f"tool: ddpm-deploy {__version__}",
         ]
     )
+
+
+def _amplification(expected: Expectation) -> str:
+    factor = expected.amplification
+    said = "none, since no step errs" if factor is None else f"{factor:.3g}"
+    return f"amplification from local to accumulated x: {said}"
 
 
 def _print(found: Mapping[Arithmetic, Expectation]) -> None:
@@ -198,5 +204,5 @@ def _print(found: Mapping[Arithmetic, Expectation]) -> None:
             "identical" if e.pictures.largest == 0 else f"{min(e.pictures.psnr):.1f} dB",
         )
     print_table(table)
-    typer.echo(f"amplification from local to accumulated x: {some.amplification:.3g}")
+    typer.echo(_amplification(some))
     typer.echo(f"a budget allows {some.factor:g} times the errors")

@@ -44,8 +44,8 @@ def amplification(found: Verification) -> str:
     comparison, factor = found.comparison, found.comparison.amplification
     if not comparison.steps:
         return "No step could be compared, so nothing is known of how the loop treats an error."
-    local = max(step.local.x.l2 for step in comparison.steps)
-    free = max(step.accumulated.x.l2 for step in comparison.steps)
+    local = max(step.local.x.max for step in comparison.steps)
+    free = comparison.worst_accumulated.accumulated.x.max
     if factor is None:
         return (
             "On the reference's own x_t no step differs, so there is nothing for the loop to "
@@ -56,7 +56,7 @@ def amplification(found: Verification) -> str:
         )
     measured = (
         f"one step alone is off by {number(local)} at most, the whole loop by {number(free)} "
-        "(relative L2 of x)"
+        "of x's peak"
     )
     if factor > 1.5:
         return f"The loop makes a step's error {factor:.3g} times as large: {measured}."

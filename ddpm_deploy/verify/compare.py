@@ -186,12 +186,12 @@ class Comparison:
 
     @property
     def amplification(self) -> float | None:
-        """The largest accumulated error of x over the largest local one; None without an error.
+        """The largest accumulated error of x over the largest local one; None without the latter.
 
         Below 1 the loop forgets what a step does wrong, above 1 it adds up or grows.
         """
-        local = max((step.local.x.l2 for step in self.steps), default=0.0)
-        free = max((step.accumulated.x.l2 for step in self.steps), default=0.0)
+        local = max((step.local.x.max for step in self.steps), default=0.0)
+        free = max((step.accumulated.x.max for step in self.steps), default=0.0)
         return free / local if local > 0 else None
 
     @property

@@ -120,9 +120,13 @@ class Expectation:
         return max(part.errors[error, quantity] for part in self.ranges)
 
     @property
-    def amplification(self) -> float:
-        """The largest accumulated error of x over the largest local one."""
-        return self.worst("accumulated", "x") / self.worst("local", "x")
+    def amplification(self) -> float | None:
+        """The largest accumulated error of x over the largest local one; None without the latter.
+
+        A network whose last layer is still 0 has none.
+        """
+        local = self.worst("local", "x")
+        return self.worst("accumulated", "x") / local if local > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON's types; an infinite PSNR becomes null."""
@@ -252,7 +256,7 @@ def expected(
 
 
 def split(schedule: Schedule, visited: Iterable[int], count: int) -> list[tuple[int, int]]:
-    """Splits timesteps into ranges equal in log signal-to-noise ratio, log ᾱ / (1-ᾱ).
+    """Splits timesteps into ranges equal in log signal-to-noise ratio, log(ᾱ / (1-ᾱ)).
 
     Errors change with it by orders of magnitude: x_0's by √((1-ᾱ)/ᾱ) times the output's.
 

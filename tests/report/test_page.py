@@ -330,8 +330,8 @@ def test_what_the_loop_makes_of_an_error_is_told(local: float, free: float, said
     result = found()
     step = result.comparison.steps[0]
 
-    def parts(l2: float) -> StepParts:
-        return replace(step.local, x=replace(step.local.x, l2=l2))
+    def parts(error: float) -> StepParts:
+        return replace(step.local, x=replace(step.local.x, max=error))
 
     steps = (replace(step, local=parts(local), accumulated=parts(free)),)
     changed = replace(result, comparison=replace(result.comparison, steps=steps))

@@ -22,7 +22,14 @@ from ddpm_deploy.schedule import Schedule, linear
 from ddpm_deploy.verify import Verifier
 from ddpm_deploy.verify.budget import ARITHMETICS, UNIT_ROUNDOFF, Arithmetic
 from ddpm_deploy.verify.compare import Comparison
-from ddpm_deploy.verify.expect import Expectation, disturbed, expected, rounding_gain, split
+from ddpm_deploy.verify.expect import (
+    SHARE,
+    Expectation,
+    disturbed,
+    expected,
+    rounding_gain,
+    split,
+)
 from ddpm_deploy.verify.loops import Loop, engine_loop
 
 DIGITS = Path(__file__).parents[2] / "demo" / "digits.pt"
@@ -108,6 +115,20 @@ def test_expectations_are_in_proportion_to_the_unit_roundoff() -> None:
     assert [found[a].pictures.close for a in ("fp32", "fp16", "bf16", "int8")] == sorted(
         (found[a].pictures.close for a in ARITHMETICS if a != "tf32"), reverse=True
     )
+
+
+def test_the_amplification_is_what_a_comparison_calls_so() -> None:
+    loop = linear_loop(0.8)
+    fp16 = expected(loop, Recipe(sampler="ddim", steps=20), IMAGES)["fp16"]
+    level = SHARE["fp16"] * UNIT_ROUNDOFF["fp16"]
+    assert fp16.amplification == pytest.approx(compared(loop, disturbed(loop, level)).amplification)
+
+
+def test_a_network_that_gives_zeros_has_no_amplification() -> None:
+    fp16 = expected(linear_loop(0.0), Recipe(sampler="ddim", steps=20), IMAGES)["fp16"]
+    assert fp16.amplification is None
+    assert fp16.to_dict()["amplification"] is None
+    assert min(limit.bound for limit in fp16.budget().limits) > 0
 
 
 def test_clipping_bounds_the_error_of_x_0() -> None:
