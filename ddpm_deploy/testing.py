@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.verify.budget import Arithmetic, Budget, read_budget
-from ddpm_deploy.verify.sampled import stratified
+from ddpm_deploy.verify.sampled import drawn_steps
 from ddpm_deploy.verify.trace import Trace
 from ddpm_deploy.verify.verification import Verification, open_side, verify
 
@@ -64,8 +64,7 @@ def assert_same_model(
         chosen = recipe or Recipe()
         traced = isinstance(deployed, Trace) or isinstance(reference, Trace)
         if timesteps is not None and not traced:
-            schedule, first = deployed.spec.schedule, deployed.spec.first_timestep
-            steps = stratified(schedule.T, timesteps, seed=chosen.seed, first=first)
+            steps = drawn_steps(deployed.spec, timesteps, seed=chosen.seed)
             chosen = replace(chosen, steps=steps)
         found = verify(deployed, reference, chosen, range(images), budget=budget)
         if not found.passed:

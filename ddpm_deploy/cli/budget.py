@@ -84,7 +84,7 @@ def command(
     from ddpm_deploy.verify.budget import ARITHMETICS
     from ddpm_deploy.verify.expect import FACTOR, expected
     from ddpm_deploy.verify.loops import engine_loop
-    from ddpm_deploy.verify.sampled import stratified
+    from ddpm_deploy.verify.sampled import drawn_steps
 
     if precision not in ARITHMETICS:
         raise typer.BadParameter(
@@ -105,9 +105,7 @@ def command(
         recipe = Recipe(
             seed=seed,
             sampler=cast("Sampler | None", sampler),
-            steps=steps
-            if timesteps is None
-            else stratified(engine.spec.schedule.T, timesteps, seed=seed),
+            steps=steps if timesteps is None else drawn_steps(engine.spec, timesteps, seed=seed),
             eta=eta,
             spacing=cast("Spacing", spacing),
             labels=parse_labels(label, engine.spec),

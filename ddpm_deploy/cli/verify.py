@@ -116,6 +116,7 @@ def command(
     """
     from ddpm_deploy.run import Recipe
     from ddpm_deploy.sampling import Sampler, Spacing
+    from ddpm_deploy.verify.sampled import drawn_steps
     from ddpm_deploy.verify.verification import default_budget, open_side, verify
 
     if timesteps is not None and steps is not None:
@@ -135,7 +136,7 @@ def command(
         recipe = Recipe(
             seed=seed,
             sampler=cast("Sampler | None", sampler),
-            steps=steps if timesteps is None else _drawn(deployed, timesteps, seed),
+            steps=steps if timesteps is None else drawn_steps(deployed.spec, timesteps, seed=seed),
             eta=eta,
             spacing=cast("Spacing", spacing),
             labels=parse_labels(label, deployed.spec),
@@ -186,12 +187,6 @@ def _check_loop(ctx: typer.Context, sides: Mapping[Path, Side]) -> None:
                 f"{path} says what loop it is, its images and its noise; leave --{typed[0]} out",
                 param_hint=f"--{typed[0]}",
             )
-
-
-def _drawn(side: Side, count: int, seed: int) -> tuple[int, ...]:
-    from ddpm_deploy.verify.sampled import stratified
-
-    return stratified(side.spec.schedule.T, count, seed=seed, first=side.spec.first_timestep)
 
 
 def _budget(text: str | None) -> Budget | None:

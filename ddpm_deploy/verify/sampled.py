@@ -7,6 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from ddpm_deploy.run import Recipe
+from ddpm_deploy.spec import ModelSpec
+
 CONFIDENCE = 0.95
 
 
@@ -17,7 +20,7 @@ class Sampled:
     Attributes:
         seen: Timesteps compared.
         of: Timesteps of the schedule.
-        drawn: Whether they were drawn by `stratified`, rather than those that the sampler visits.
+        drawn: Whether they are a draw of `drawn_steps`, rather than those that the sampler visits.
         recorded: Whether they are those of the loop's that a trace holds.
     """
 
@@ -51,6 +54,27 @@ class Sampled:
             f"{self.seen} of {self.of} timesteps; a fault at {self.share:.1%} of them or more is "
             f"met with {CONFIDENCE:.0%} confidence"
         )
+
+
+def looked_at(seen: int, recipe: Recipe, spec: ModelSpec) -> Sampled:
+    """Returns how much of a schedule a comparison looked at.
+
+    Args:
+        seen: Timesteps compared. A trace may have fewer than its loop.
+        recipe: What was compared.
+        spec: What the network is.
+    """
+    return Sampled(
+        seen=seen,
+        of=spec.schedule.T,
+        drawn=seen > 0 and recipe.steps == drawn_steps(spec, seen, seed=recipe.seed),
+        recorded=seen < len(recipe.table(spec)),
+    )
+
+
+def drawn_steps(spec: ModelSpec, count: int, *, seed: int) -> tuple[int, ...]:
+    """Draws timesteps of a network, of those that it was trained at; as `stratified` does."""
+    return stratified(spec.schedule.T, count, seed=seed, first=spec.first_timestep)
 
 
 def stratified(T: int, count: int, *, seed: int, first: int = 0) -> tuple[int, ...]:  # noqa: N803

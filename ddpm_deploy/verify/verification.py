@@ -19,7 +19,7 @@ from ddpm_deploy.verify.budget import ARITHMETICS, Budget
 from ddpm_deploy.verify.cause import Cause
 from ddpm_deploy.verify.causes import find_causes
 from ddpm_deploy.verify.compare import Comparison, Side, StepErrors, Verifier, plain
-from ddpm_deploy.verify.sampled import Sampled
+from ddpm_deploy.verify.sampled import Sampled, looked_at
 from ddpm_deploy.verify.suspects.evidence import Evidence
 from ddpm_deploy.verify.trace import SUFFIX, Trace, read_trace
 
@@ -119,14 +119,13 @@ def verify(
     for step in verifier:
         on_step(step)
     result = verifier.result
-    T = engine.spec.schedule.T  # noqa: N806
     return Verification(
         comparison=result,
         causes=() if result.passed else find_causes(evidence(verifier), verifier.pixels()),
         spec=engine.spec,
         recipe=verifier.recipe,
         images=tuple(verifier.images),
-        sampled=Sampled(seen=len(verifier), of=T, drawn=isinstance(verifier.recipe.steps, tuple)),
+        sampled=looked_at(len(verifier), verifier.recipe, engine.spec),
         reference=described(against),
         engine=described(engine),
         same_checkpoint=_same_checkpoint(against.spec, engine.spec),

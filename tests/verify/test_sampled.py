@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from ddpm_deploy.verify.sampled import Sampled, stratified
+from ddpm_deploy.run import Recipe
+from ddpm_deploy.verify.sampled import Sampled, drawn_steps, looked_at, stratified
+from tests.support import tiny_spec
 
 
 @pytest.mark.parametrize(("T", "count"), [(1000, 2), (1000, 20), (1000, 999), (20, 7), (4000, 50)])
@@ -76,3 +80,20 @@ def test_the_share_is_met_as_often_as_it_says() -> None:
 )
 def test_what_was_looked_at_is_said(sampled: Sampled, says: str) -> None:
     assert sampled.says == says
+
+
+def test_confidence_is_claimed_for_a_draw_alone() -> None:
+    spec = tiny_spec(timesteps=100)
+    drawn = Recipe(seed=4, steps=drawn_steps(spec, 10, seed=4))
+    assert looked_at(10, drawn, spec).share is not None
+    by_hand = Recipe(seed=4, steps=tuple(range(99, 89, -1)))
+    assert looked_at(10, by_hand, spec).share is None
+    kept = looked_at(5, drawn, spec)  # by a trace
+    assert kept.says == "5 of 100 timesteps, those that the trace holds"
+    visited = looked_at(10, Recipe(steps=10), spec)
+    assert visited.says == "10 of 100 timesteps, those that the loop visits"
+
+
+def test_a_network_is_asked_where_it_was_trained() -> None:
+    spec = replace(tiny_spec(timesteps=20), first_timestep=1)
+    assert drawn_steps(spec, 50, seed=0) == tuple(range(19, 0, -1))
