@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+import numpy as np
+
+from ddpm_deploy.arrays import Array, Samples
 from ddpm_deploy.errors import SpecError
 
 METADATA_KEY = "ddpm_deploy.precision"
@@ -78,3 +81,27 @@ def read_precision(text: str | None, *, source: str) -> PrecisionRecord:
             f"{source} says that it is in mixed precision, but not how ({damage!r}).",
             hint="Build it again: ddpm-deploy build unet.onnx --fp16 --runtime onnxruntime",
         ) from damage
+
+
+def to_fp16(x: Array) -> Samples:
+    """Returns float32 numbers rounded to fp16, as float32; infinite beyond 65504."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float32)
+
+
+def to_bf16(x: Array) -> Samples:
+    """Returns float32 numbers rounded to bf16, as float32; finite ones alone."""
+    return _without_bits(x, 16)
+
+
+def to_tf32(x: Array) -> Samples:
+    """Returns float32 numbers rounded to TF32, as float32; finite ones alone."""
+    return _without_bits(x, 13)
+
+
+def _without_bits(x: Array, count: int) -> Samples:
+    """Rounds away the last bits of float32's fraction: to the nearest, ties to even."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    odd = (bits >> np.uint32(count)) & np.uint32(1)
+    rounded = bits + odd + np.uint32((1 << count - 1) - 1)
+    return np.asarray(rounded & np.uint32(2**32 - (1 << count))).view(np.float32)

@@ -16,6 +16,7 @@ from ddpm_deploy.arrays import Pixels, Samples
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import ParityError, TraceError
 from ddpm_deploy.images import to_pixels
+from ddpm_deploy.precision import to_bf16, to_fp16
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.sampling import Step
 from ddpm_deploy.spec import ModelSpec
@@ -322,20 +323,6 @@ def half_state(pairs: Sequence[Pair]) -> str | None:
         if given and not any(np.array_equal(to(p.wanted.x), p.wanted.x) for p in pairs):
             return name
     return None
-
-
-def to_fp16(x: Samples) -> Samples:
-    """Returns x rounded to fp16, as float32."""
-    with np.errstate(over="ignore"):
-        return x.astype(np.float16).astype(np.float32)
-
-
-def to_bf16(x: Samples) -> Samples:
-    """Returns x rounded to bf16, to the nearest even, as float32; finite numbers alone."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = (bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
-    return rounded.view(np.float32)
 
 
 def differing_fields(reference: ModelSpec, engine: ModelSpec) -> dict[str, str]:

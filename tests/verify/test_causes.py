@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ddpm_deploy import Engine, Recipe, open_engine
+from ddpm_deploy.arrays import Samples
 from ddpm_deploy.verify import Loop, engine_loop, record
 from ddpm_deploy.verify.compare import Side
 from ddpm_deploy.verify.sampled import stratified
@@ -129,12 +130,28 @@ def test_guidance_that_is_left_out_is_named_with_its_value(world: World) -> None
     assert found.causes[0].says == "The deployed loop has guidance 1; the reference has 3."
 
 
+def test_guidance_that_changes_with_t_is_no_other_guidance(world: World) -> None:
+    weak, strong = (
+        engine_loop(world.good, replace(world.recipe, guidance=s), world.images) for s in (0.5, 6.0)
+    )
+    changing = world.loop(predict=lambda x, t: (weak if t[0] < 500 else strong).predict(x, t))
+    found = compared(changing, world.good, world)
+    assert not found.passed
+    assert names(found) == ["network"]
+
+
+def in_channels_last(x: Samples) -> Samples:
+    """Gives the bytes of (N, H, W, C) to what takes (N, C, H, W)."""
+    return np.stack([np.ascontiguousarray(np.moveaxis(each, 0, -1)) for each in x]).reshape(x.shape)
+
+
 CHANNELS: dict[str, Callable[[Engine], Engine]] = {
     "in": lambda good: Wrong(good, x=lambda x: x[:, ::-1]),
     "out": lambda good: Wrong(good, out=lambda out, x, t: out[:, ::-1]),
     "in and out": lambda good: Wrong(
         good, x=lambda x: x[:, [2, 0, 1]], out=lambda out, x, t: out[:, [1, 2, 0]]
     ),
+    "last": lambda good: Wrong(good, x=in_channels_last),
 }
 
 
@@ -148,7 +165,7 @@ def test_a_channel_order_is_named(tmp_path: Path, where: str, live: bool) -> Non
         loop = engine_loop(good, Recipe(), range(2))
         reference = record(loop_steps(loop), spec=good.spec, recipe=Recipe(), images=range(2))
     found = verify(CHANNELS[where](good), reference, Recipe(), range(2))
-    assert names(found)[0] == "channel-order"
+    assert names(found)[0] == ("memory-layout" if where == "last" else "channel-order")
 
 
 def write_coloured(path: Path) -> Path:

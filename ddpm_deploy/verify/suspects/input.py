@@ -13,10 +13,11 @@ from ddpm_deploy.arrays import Array, Samples
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import DDPMDeployError
 from ddpm_deploy.parity import relative_error
+from ddpm_deploy.precision import to_bf16, to_fp16
 from ddpm_deploy.run import default_labels
 from ddpm_deploy.sampling import Predictor, guided
 from ddpm_deploy.verify.cause import Cause
-from ddpm_deploy.verify.compare import Pair, to_bf16, to_fp16
+from ddpm_deploy.verify.compare import Pair
 from ddpm_deploy.verify.suspects.evidence import Change, Evidence, Experiment
 
 CLASSES = 20
@@ -175,7 +176,7 @@ def _changes(experiment: Experiment) -> Iterator[Suspect]:
             name="memory-layout",
             says="The deployed network reads x as (N, H, W, C), or is fed it so.",
             mend="Feed x as (N, C, H, W), contiguous.",
-            x=lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape),
+            x=_rows_first if experiment.inverse else _channels_last,
         )
     forward, back = (lambda x: (x - low) / (high - low), lambda x: x * (high - low) + low)
     ranges = {
@@ -194,6 +195,17 @@ def _changes(experiment: Experiment) -> Iterator[Suspect]:
             mend=f"Feed x_t itself: data were in [{low:g}, {high:g}] in training.",
             x=change,
         )
+
+
+def _channels_last(x: Samples) -> Samples:
+    """Returns what is read where (N, C, H, W) is taken for (N, H, W, C)."""
+    return x.transpose(0, 2, 3, 1).reshape(x.shape)
+
+
+def _rows_first(x: Samples) -> Samples:
+    """Undoes `_channels_last`."""
+    count, channels, height, width = x.shape
+    return x.reshape(count, height, width, channels).transpose(0, 3, 1, 2)
 
 
 def _halves(experiment: Experiment) -> Iterator[Suspect]:
@@ -280,11 +292,11 @@ def _of_labels(evidence: Evidence, experiment: Experiment) -> Iterator[Cause]:
 def _guidances(evidence: Evidence, experiment: Experiment, engine: Engine) -> Iterator[Cause]:
     """Finds s in out = u + s (c - u) by least squares, and names it where that is all."""
     label = engine.spec.label
-    if label is None or label.null is None:
+    if label is None or label.null is None or experiment.inverse:
         return
     y = _labels(evidence, engine)
     null = np.full_like(y, label.null)
-    scales, errors = [], []
+    scales, calls = [], []
     for pair in experiment.pairs:
         t = experiment.timestep(pair)
         wanted = experiment.call(pair, t, predict=partial(engine, **{label.name: y}))
@@ -292,12 +304,12 @@ def _guidances(evidence: Evidence, experiment: Experiment, engine: Engine) -> It
         target, span = experiment.target(pair), wanted - plain
         if not np.any(span):
             return
-        scale = float(np.vdot(target - plain, span) / np.vdot(span, span))
-        scales.append(scale)
-        errors.append(relative_error(plain + np.float32(scale) * span, target))
+        scales.append(float(np.vdot(target - plain, span) / np.vdot(span, span)))
+        calls.append((plain, span, target))
     scale = float(np.median(scales))
+    left = max(relative_error(u + np.float32(scale) * span, out) for u, span, out in calls)
     said = evidence.recipe.guidance
-    if experiment.inverse or abs(scale - said) < 1e-3 or not experiment.explains(max(errors)):
+    if abs(scale - said) < 1e-3 or not experiment.explains(left):
         return
     name = "label-ignored" if abs(scale) < 1e-3 else "wrong-guidance"
     yield Cause(
@@ -307,7 +319,7 @@ def _guidances(evidence: Evidence, experiment: Experiment, engine: Engine) -> It
         if name == "label-ignored"
         else f"The deployed loop has guidance {scale:.3g}; the reference has {said:g}.",
         evidence=(
-            f"u + s (c - u) with s = {scale:.3g} is its output, but for {max(errors):.1e} of the "
+            f"u + s (c - u) with s = {scale:.3g} is its output, but for {left:.1e} of the "
             f"peak; with s = {said:g} it is off by {experiment.base():.1e}",
         ),
         mend="Feed each image's label in every step."
@@ -396,7 +408,7 @@ def _of_output(evidence: Evidence) -> Iterator[Cause]:
             mend=f"Export the network's {evidence.spec.prediction}, or set the prediction.",
             certain=True,
         )
-    elif all(abs(d) < 0.01 * abs(c) for c, d, _ in fits):
+    elif all(max(abs(d), abs(c - fits[0][0])) < 0.01 * abs(c) for c, d, _ in fits):
         sign = all(abs(c + 1) < 0.01 for c, _, _ in fits)
         yield Cause(
             name="output-sign" if sign else "output-scale",
