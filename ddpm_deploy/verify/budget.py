@@ -102,13 +102,7 @@ class Budget:
         ssim: Least structural similarity of a final picture; None where that is left open.
     """
 
-    limits: tuple[Limit, ...] = field(
-        default_factory=lambda: (
-            Limit(error="local", quantity="out", bound=TOLERANCE),
-            Limit(error="local", quantity="x", bound=TOLERANCE),
-            Limit(error="accumulated", quantity="x", bound=1e-3),
-        )
-    )
+    limits: tuple[Limit, ...] = field(default_factory=lambda: _limits(TOLERANCE, 1e-3))
     pixels: float = 0.999
     equal: float = 0.99
     bias: float = 0.1
@@ -122,23 +116,15 @@ class Budget:
         They hold for networks at large, and say nothing about one of them; `ddpm-deploy budget`
         derives a network's own. docs/parity.md has the figures and where they come from.
         """
-        local, accumulated, pixels, equal, bias = {
-            "fp32": (TOLERANCE, 1e-3, 0.999, 0.99, 0.1),
-            "tf32": (2e-2, 2e-2, 0.99, 0.0, 0.1),
-            "fp16": (BUDGETS["fp16"], 1e-2, 0.99, 0.0, 0.1),
-            "bf16": (BUDGETS["bf16"], 5e-2, 0.95, 0.0, 0.25),
-            "int8": (5e-1, 5e-1, 0.5, 0.0, 1.0),
+        if arithmetic == "fp32":
+            return cls()
+        local, accumulated, pixels, bias = {
+            "tf32": (2e-2, 2e-2, 0.99, 0.1),
+            "fp16": (BUDGETS["fp16"], 1e-2, 0.99, 0.1),
+            "bf16": (BUDGETS["bf16"], 5e-2, 0.95, 0.25),
+            "int8": (5e-1, 5e-1, 0.5, 1.0),
         }[arithmetic]
-        return cls(
-            limits=(
-                Limit(error="local", quantity="out", bound=local),
-                Limit(error="local", quantity="x", bound=local),
-                Limit(error="accumulated", quantity="x", bound=accumulated),
-            ),
-            pixels=pixels,
-            equal=equal,
-            bias=bias,
-        )
+        return cls(limits=_limits(local, accumulated), pixels=pixels, equal=0.0, bias=bias)
 
     def changed(
         self,
@@ -207,6 +193,14 @@ class Budget:
                 for name, value in limit.items()
             ]
         return "\n".join(lines) + "\n"
+
+
+def _limits(local: float, accumulated: float) -> tuple[Limit, ...]:
+    return (
+        Limit(error="local", quantity="out", bound=local),
+        Limit(error="local", quantity="x", bound=local),
+        Limit(error="accumulated", quantity="x", bound=accumulated),
+    )
 
 
 def read_budget(path: Path) -> Budget:
@@ -282,14 +276,7 @@ def _limit(entry: Mapping[str, Any]) -> Limit:
             f"a limit has {', '.join(sorted(given))}; it may have error, quantity, measure, "
             "at_most, at_least, from, to"
         )
-    return Limit(
-        error=limit.error,
-        quantity=limit.quantity,
-        measure=limit.measure,
-        bound=bound,
-        first=first,
-        last=last,
-    )
+    return replace(limit, bound=bound, first=first, last=last)
 
 
 def _one_of(value: Any, what: str, allowed: Sequence[str]) -> Any:
