@@ -56,19 +56,20 @@ class Sampled:
         )
 
 
-def looked_at(seen: int, recipe: Recipe, spec: ModelSpec) -> Sampled:
+def looked_at(seen: int, recipe: Recipe, spec: ModelSpec, *, recorded: bool = False) -> Sampled:
     """Returns how much of a schedule a comparison looked at.
 
     Args:
         seen: Timesteps compared. A trace may have fewer than its loop.
         recipe: What was compared.
         spec: What the network is.
+        recorded: Whether a trace decided which.
     """
     return Sampled(
         seen=seen,
         of=spec.schedule.T,
         drawn=seen > 0 and recipe.steps == drawn_steps(spec, seen, seed=recipe.seed),
-        recorded=seen < len(recipe.table(spec)),
+        recorded=recorded and seen < len(recipe.table(spec)),
     )
 
 

@@ -125,7 +125,12 @@ def verify(
         spec=engine.spec,
         recipe=verifier.recipe,
         images=tuple(verifier.images),
-        sampled=looked_at(len(verifier), verifier.recipe, engine.spec),
+        sampled=looked_at(
+            len(verifier),
+            verifier.recipe,
+            engine.spec,
+            recorded=isinstance(engine, Trace) or isinstance(against, Trace),
+        ),
         reference=described(against),
         engine=described(engine),
         same_checkpoint=_same_checkpoint(against.spec, engine.spec),

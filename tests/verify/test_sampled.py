@@ -88,9 +88,9 @@ def test_confidence_is_claimed_for_a_draw_alone() -> None:
     assert looked_at(10, drawn, spec).share is not None
     by_hand = Recipe(seed=4, steps=tuple(range(99, 89, -1)))
     assert looked_at(10, by_hand, spec).share is None
-    kept = looked_at(5, drawn, spec)  # by a trace
+    kept = looked_at(5, drawn, spec, recorded=True)  # by a trace
     assert kept.says == "5 of 100 timesteps, those that the trace holds"
-    visited = looked_at(10, Recipe(steps=10), spec)
+    visited = looked_at(10, Recipe(steps=10), spec, recorded=True)
     assert visited.says == "10 of 100 timesteps, those that the loop visits"
 
 
