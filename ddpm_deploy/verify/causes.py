@@ -37,10 +37,12 @@ def _all(evidence: Evidence, pixels: tuple[Pixels, Pixels] | None) -> Iterator[C
     yield from sampler
     if not sampler:
         yield from noise_causes(evidence)
-    inputs = list(input_causes(evidence))
-    yield from inputs
-    if not inputs:
-        yield from network_causes(evidence)
+    # At other timesteps a network gives another output, and rightly so.
+    if "other-timesteps" not in {cause.name for cause in sampler}:
+        inputs = list(input_causes(evidence))
+        yield from inputs
+        if not inputs:
+            yield from network_causes(evidence)
     yield from picture_causes(evidence, pixels)
 
 

@@ -85,6 +85,10 @@ class Evidence:
         """Returns what a fault may leave of an error, to explain it: never more than a third."""
         return min(max(self.bound, MATCH * min(error, 1.0)), error / 3)
 
+    def gone(self, left: float, error: float) -> bool:
+        """Tells whether so little is left of an error that a fault is its cause for certain."""
+        return left <= min(max(self.bound, TOLERANCE), error / 3)
+
     @cached_property
     def worst(self) -> list[Pair]:
         """The kept transitions whose output differs most, the worst first."""
@@ -220,7 +224,9 @@ class Experiment:
         out: Change | None = None,
         predict: Predictor | None = None,
     ) -> float:
-        """Returns the largest error that is left with a fault; stops where it explains nothing.
+        """Returns the largest error that is left with a fault; infinite where it explains nothing.
+
+        It must explain each transition that is outside, and spoil none that is inside.
 
         Args:
             x: What the fault does to the input.
@@ -228,18 +234,21 @@ class Experiment:
             out: What it does to the output.
             predict: The network with other conditions bound.
         """
-        allowed, worst, tried = self._evidence.left_by_a_fault(self.base()), 0.0, 0
+        worst, explained = 0.0, 0
         for pair in self._pairs:
             wanted_t = self.timestep(pair)
             changed_t = t(wanted_t) if t else wanted_t
             if not 0 <= changed_t < self.spec.schedule.T:
                 continue  # the loop's ends have no neighbour
-            tried += 1
             given = self.call(pair, changed_t, x=x, predict=predict)
-            worst = max(worst, relative_error(out(given) if out else given, self.target(pair)))
-            if worst > allowed:
-                return worst
-        return worst if tried else float("inf")
+            left = relative_error(out(given) if out else given, self.target(pair))
+            error = self._evidence.network_errors[pair.k]
+            off = error > self._evidence.bound
+            if left > (self._evidence.left_by_a_fault(error) if off else self._evidence.bound):
+                return float("inf")
+            explained += off
+            worst = max(worst, left)
+        return worst if explained else float("inf")
 
     def call(
         self,
@@ -258,3 +267,7 @@ class Experiment:
     def explains(self, error: float) -> bool:
         """Tells whether so small an error is left that the fault explains the rest."""
         return error <= self._evidence.left_by_a_fault(self.base())
+
+    def gone(self, error: float) -> bool:
+        """Tells whether so small an error is left that nothing else is wrong."""
+        return self._evidence.gone(error, self.base())

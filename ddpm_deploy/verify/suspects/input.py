@@ -80,7 +80,7 @@ def _cause(experiment: Experiment, suspect: Suspect, left: float) -> Cause:
             f"the output is off by {base:.1e} of its peak; {asked} {rest}, but for {left:.1e}",
         ),
         mend=suspect.mend,
-        certain=True,
+        certain=experiment.gone(left),
     )
 
 
@@ -153,7 +153,7 @@ def _nearby(experiment: Experiment) -> Iterator[Cause]:
             f"{max(left for *_, left in found):.1e} of the peak",
         ),
         mend="Feed each step's own t, as the table has it.",
-        certain=True,
+        certain=experiment.gone(max(left for *_, left in found)),
     )
 
 
@@ -325,7 +325,7 @@ def _guidances(evidence: Evidence, experiment: Experiment, engine: Engine) -> It
         mend="Feed each image's label in every step."
         if name == "label-ignored"
         else f"Set the guidance to {said:g}.",
-        certain=True,
+        certain=experiment.gone(max(errors)),
     )
 
 
@@ -364,7 +364,7 @@ def _swapped(evidence: Evidence, experiment: Experiment, engine: Engine) -> Iter
             f"reference's, but for {best.max():.1e} of the peak",
         ),
         mend="Image i gets labels[i mod their number]; count classes from 0, as in training.",
-        certain=True,
+        certain=experiment.gone(float(best.max())),
     )
 
 
@@ -398,7 +398,7 @@ def _of_output(evidence: Evidence) -> Iterator[Cause]:
         for p, (c, d, _) in zip(pairs, fits, strict=True)
     )
     says = f"it is {words}, but for {left:.1e} of the peak"
-    if other := _prediction(evidence, pairs, fits):
+    if other := _prediction(evidence, pairs):
         yield Cause(
             name="wrong-prediction",
             place="network",
@@ -406,7 +406,7 @@ def _of_output(evidence: Evidence) -> Iterator[Cause]:
             f"{evidence.spec.prediction}.",
             evidence=(says,),
             mend=f"Export the network's {evidence.spec.prediction}, or set the prediction.",
-            certain=True,
+            certain=evidence.gone(left, base),
         )
     elif all(max(abs(d), abs(c - fits[0][0])) < 0.01 * abs(c) for c, d, _ in fits):
         sign = all(abs(c + 1) < 0.01 for c, _, _ in fits)
@@ -415,10 +415,10 @@ def _of_output(evidence: Evidence) -> Iterator[Cause]:
             place="network",
             says="The deployed network's output has the opposite sign."
             if sign
-            else f"The deployed network's output is {fits[0][0]:.4g} times the reference's.",
+            else f"The deployed network's output is {fits[0][0]:.6g} times the reference's.",
             evidence=(says,),
             mend="Look at what stands behind the last layer.",
-            certain=True,
+            certain=evidence.gone(left, base),
         )
 
 
@@ -432,20 +432,21 @@ def _fit(pair: Pair) -> tuple[float, float, float]:
     return float(c), float(d), relative_error(np.asarray(fitted, np.float32), given)
 
 
-def _prediction(
-    evidence: Evidence, pairs: list[Pair], fits: list[tuple[float, float, float]]
-) -> str | None:
-    """Returns the prediction that c and d make of an ε, which has them in closed form."""
+def _prediction(evidence: Evidence, pairs: list[Pair]) -> str | None:
+    """Returns the prediction that the deployed output is, as an ε has them in closed form."""
     if evidence.spec.prediction != "epsilon":
         return None
     for name in ("sample", "v_prediction"):
-        agree = []
-        for pair, (c, d, _) in zip(pairs, fits, strict=True):
-            a_bar = evidence.spec.schedule.alpha_bar_at(pair.local_wanted.t)
-            a, s = np.sqrt(a_bar), np.sqrt(1 - a_bar)
-            # x_0 = (x - s ε) / a, and v = a ε - s x_0.
-            wanted = (-s / a, 1 / a) if name == "sample" else (1 / a, -s / a)
-            agree.append(np.allclose((c, d), wanted, rtol=0.01, atol=0.01))
-        if all(agree):
+        if all(_is_prediction(evidence, name, pair) for pair in pairs):
             return name
     return None
+
+
+def _is_prediction(evidence: Evidence, name: str, pair: Pair) -> bool:
+    a_bar = evidence.spec.schedule.alpha_bar_at(pair.local_wanted.t)
+    a, s = np.sqrt(a_bar), np.sqrt(1 - a_bar)
+    out, x_t = pair.local_wanted.out, pair.local_wanted.x_t
+    # x_0 = (x - s ε) / a, and v = a ε - s x_0.
+    other = (x_t - s * out) / a if name == "sample" else (out - s * x_t) / a
+    left = relative_error(np.asarray(other, np.float32), pair.local_given.out)
+    return left <= evidence.left_by_a_fault(evidence.network_errors[pair.k])

@@ -19,7 +19,7 @@ SAME = 1e-3
 def noise_causes(evidence: Evidence) -> Iterator[Cause]:
     """Yields what explains that x_T, or the noise of the steps, differs."""
     found = list(_drawn(evidence))
-    if len(found) > 1 and _equal(found[-1][1], found[-2][1]):
+    if len(found) > 1 and _equal(found[-1][1], found[-2][1]) and not _zero(found[-1][1]):
         yield _cause(
             "noise-of-another-step",
             "The deployed loop adds the same noise in every step.",
@@ -69,18 +69,20 @@ def _named(
 
 
 def _of_the_batch(what: str, given: Samples, wanted: Samples) -> Cause | None:
+    if _zero(given):
+        return _cause("no-noise", f"There is no noise in {what} of the deployed loop.", "it is 0")
     if len(given) > 1 and _equal(given, given[:1]):
         return _cause(
             "noise-shared-by-images",
             f"All images of the deployed loop get the same noise in {what}.",
             f"images 0 and 1 differ by {np.abs(given[0] - given[1]).max():.1e} there",
         )
-    right = sum(_equal(g, w) for g, w in zip(given, wanted, strict=True))
-    if _equal(given[:1], wanted[:1]):
+    others = [_likeness(g, w) for g, w in zip(given[1:], wanted[1:], strict=True)]
+    if _equal(given[:1], wanted[:1]) and max(others, default=1.0) < 0.5:
         return _cause(
             "noise-per-batch",
             "The deployed loop draws its noise for the batch, not for each image.",
-            f"in {what} image 0 gets its own noise, and of the {len(given)} images {right} do",
+            f"in {what} image 0 alone of the {len(given)} gets its own noise",
         )
     return None
 
@@ -122,10 +124,24 @@ def _unknown(evidence: Evidence, what: str, given: Samples, wanted: Samples) -> 
     if abs(scale - 1) > 1e-3 and _equal(given, np.float32(scale) * wanted):
         return _cause(
             "noise-scale",
-            f"The deployed loop scales its noise by {scale:.3g}.",
+            f"The deployed loop scales its noise by {scale:.6g}.",
             f"so it is in {what}",
         )
-    likeness = abs(float(np.corrcoef(given.ravel(), wanted.ravel())[0, 1]))
+    likeness = _likeness(given, wanted)
+    if what == "x_T" and likeness > 0.5:  # no step's arithmetic is in it
+        others = [
+            image
+            for image, g, w in zip(evidence.images, given, wanted, strict=True)
+            if not np.array_equal(g, w)
+        ]
+        return _cause(
+            "other-noise",
+            "The deployed loop changes its noise.",
+            f"in {what} the noise of image {', '.join(map(str, others))} is like what seed "
+            f"{evidence.recipe.seed} draws (correlation {likeness:.4f}), but differs by up to "
+            f"{np.abs(given - wanted).max():.1e}",
+            certain=False,
+        )
     if likeness > 0.5 or not 0.8 < float(given.std()) < 1.25:
         return None
     return _cause(
@@ -150,6 +166,16 @@ def _cause(name: str, says: str, evidence: str, *, certain: bool = True) -> Caus
 
 def _equal(given: Samples, wanted: Samples) -> bool:
     return bool(np.abs(given - wanted).max() < 0.01)
+
+
+def _zero(given: Samples) -> bool:
+    return bool(np.abs(given).max() < 0.01)
+
+
+def _likeness(given: Samples, wanted: Samples) -> float:
+    """Returns the correlation, without its sign; 0 where one of them is constant."""
+    both = float(given.std()) * float(wanted.std())
+    return abs(float(np.corrcoef(given.ravel(), wanted.ravel())[0, 1])) if both else 0.0
 
 
 def _other_seed(evidence: Evidence, given: Samples, step: int) -> int | None:

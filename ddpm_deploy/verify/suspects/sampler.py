@@ -94,18 +94,17 @@ def _other_steps(evidence: Evidence) -> Cause | None:
 
 
 def _left(evidence: Evidence, rows: Rows) -> float:
-    """Returns the largest error that other rows leave.
+    """Returns the largest error that other rows leave; where there is none, the reference's does.
 
-    Infinite where they have no row for a step that differs, so that they cannot explain it.
+    Infinite where there is none at all.
     """
-    errors = []
-    for pair in evidence.pairs:
-        row = rows(pair)
-        if row is not None:
-            errors.append(evidence.step_error(pair, row))
-        elif evidence.step_errors[pair.k] > ARITHMETIC:
-            return float("inf")
-    return max(errors, default=float("inf"))
+    other = [(pair, rows(pair)) for pair in evidence.pairs]
+    if all(row is None for _, row in other):
+        return float("inf")
+    return max(
+        evidence.step_errors[pair.k] if row is None else evidence.step_error(pair, row)
+        for pair, row in other
+    )
 
 
 def _suspects(evidence: Evidence) -> Iterator[Suspect]:
@@ -164,7 +163,7 @@ def _of_the_row(evidence: Evidence) -> Iterator[Suspect]:
     if scale is not None:
         yield Suspect(
             name="noise-scale",
-            says=f"scales its noise by {scale:.3g}",
+            says=f"scales its noise by {scale:.6g}",
             mend="Add σ z itself; a temperature is not part of the model.",
             rows=lambda pair: replace(
                 evidence.row(pair), x_from_noise=scale * evidence.row(pair).x_from_noise
