@@ -125,6 +125,9 @@ def command(
             param_hint="--timesteps",
         )
     allowed = _budget(budget)
+    places = [path.resolve() for path in output or ()]
+    if twice := next((path for path in places if places.count(path) > 1), None):
+        raise typer.BadParameter(f"{twice} is named twice", param_hint="--output")
     with ExitStack() as stack:
         # Opened before the loop: a place that cannot be written shall not cost the work.
         reports = {path: stack.enter_context(_report(path)) for path in output or ()}

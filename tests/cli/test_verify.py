@@ -306,6 +306,14 @@ def test_a_report_of_no_known_form_is_refused_before_the_loop() -> None:
     assert not Path("report.pdf").exists()
 
 
+def test_a_report_that_is_named_twice_is_refused_before_the_loop() -> None:
+    write_graph(Path("unet.onnx"), tiny_spec())
+    outcome = run("verify", "--against", "unet.onnx", "-o", "report.json", "-o", "./report.json")
+    assert outcome.code == 2
+    assert "report.json is named twice" in outcome.err.replace("\n", "")
+    assert not Path("report.json").exists()
+
+
 def test_a_budget_is_a_file_or_a_name() -> None:
     write_graph(Path("near.onnx"), tiny_spec(), bias=1e-4)
     arguments = ["-e", "near.onnx", "--against", "unet.onnx", "--budget"]
