@@ -56,6 +56,7 @@ class Limit:
         bound: The largest value allowed; the least for `cosine` and `psnr`.
         first: Least timestep that it holds for.
         last: Largest timestep that it holds for; None for all above.
+        general: Whether it is for networks and loops at large, see `Budget.over`.
     """
 
     error: ErrorKind
@@ -64,6 +65,7 @@ class Limit:
     bound: float
     first: int = 0
     last: int | None = None
+    general: bool = field(default=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -100,6 +102,7 @@ class Budget:
         bias: Largest mean difference of a value, in levels, either way.
         psnr: Least PSNR of a final picture, in decibels; None where that is left open.
         ssim: Least structural similarity of a final picture; None where that is left open.
+        general: Whether the pictures' are for networks and loops at large, see `over`.
     """
 
     limits: tuple[Limit, ...] = field(default_factory=lambda: _limits(TOLERANCE, 1e-3))
@@ -108,6 +111,7 @@ class Budget:
     bias: float = 0.1
     psnr: float | None = None
     ssim: float | None = None
+    general: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, arithmetic: Arithmetic) -> Budget:
@@ -116,15 +120,52 @@ class Budget:
         They hold for networks at large, and say nothing about one of them; `ddpm-deploy budget`
         derives a network's own. docs/parity.md has the figures and where they come from.
         """
-        if arithmetic == "fp32":
-            return cls()
-        local, accumulated, pixels, bias = {
-            "tf32": (2e-2, 2e-2, 0.99, 0.1),
-            "fp16": (BUDGETS["fp16"], 1e-2, 0.99, 0.1),
-            "bf16": (BUDGETS["bf16"], 5e-2, 0.95, 0.25),
-            "int8": (5e-1, 5e-1, 0.5, 1.0),
+        local, accumulated, pixels, equal, bias = {
+            "fp32": (TOLERANCE, 1e-3, cls.pixels, cls.equal, cls.bias),
+            "tf32": (2e-2, 2e-2, 0.99, 0.0, 0.1),
+            "fp16": (BUDGETS["fp16"], 1e-2, 0.99, 0.0, 0.1),
+            "bf16": (BUDGETS["bf16"], 5e-2, 0.95, 0.0, 0.25),
+            "int8": (5e-1, 5e-1, 0.5, 0.0, 1.0),
         }[arithmetic]
-        return cls(limits=_limits(local, accumulated), pixels=pixels, equal=0.0, bias=bias)
+        return cls(
+            limits=_limits(local, accumulated, general=True),
+            pixels=pixels,
+            equal=equal,
+            bias=bias,
+            general=True,
+        )
+
+    def over(self, gain: float, *, values: int) -> Budget:
+        """Returns what is allowed in a loop, where a budget is general; other limits stay.
+
+        A step from t = 999 to the end divides an error of ε by √ᾱ, 157 times as large: what
+        rounding makes of the output, x has that much more of. And whatever the share of equal
+        pixels, a single one may always lie at the edge between two levels.
+
+        Args:
+            gain: The largest part of an output's error that a step puts into x, see `gain`.
+            values: Of the final pictures.
+        """
+        gain = max(gain, 1.0)
+        local = (self.bound("local", "x") or 0.0) * gain
+
+        def grown(limit: Limit) -> Limit:
+            if not limit.general:
+                return limit
+            bound = local if limit.error == "local" else max(limit.bound, local)
+            return replace(limit, bound=bound)
+
+        limits = tuple(grown(limit) for limit in self.limits)
+        if not self.general:
+            return replace(self, limits=limits)
+        edge = (values - 1) / max(values, 1)
+        return replace(
+            self,
+            limits=limits,
+            pixels=_loosened(self.pixels, gain),
+            equal=min(_loosened(self.equal, gain), edge),
+            bias=self.bias * gain,
+        )
 
     def changed(
         self,
@@ -156,7 +197,8 @@ class Budget:
         new = [Limit(error=e, quantity=q, bound=bound) for (e, q), bound in bounds.items()]  # type: ignore[arg-type]
         equal = self.equal if not bounds and pixels is None else 0.0
         pixels = self.pixels if pixels is None else pixels
-        return replace(self, limits=(*new, *kept), pixels=pixels, equal=equal)
+        general = self.general and equal == self.equal and pixels == self.pixels
+        return replace(self, limits=(*new, *kept), pixels=pixels, equal=equal, general=general)
 
     def bound(self, error: ErrorKind, quantity: Quantity) -> float | None:
         """Returns the largest maximum allowed at any timestep; None where there is no limit."""
@@ -195,12 +237,17 @@ class Budget:
         return "\n".join(lines) + "\n"
 
 
-def _limits(local: float, accumulated: float) -> tuple[Limit, ...]:
+def _limits(local: float, accumulated: float, *, general: bool = False) -> tuple[Limit, ...]:
     return (
         Limit(error="local", quantity="out", bound=local),
-        Limit(error="local", quantity="x", bound=local),
-        Limit(error="accumulated", quantity="x", bound=accumulated),
+        Limit(error="local", quantity="x", bound=local, general=general),
+        Limit(error="accumulated", quantity="x", bound=accumulated, general=general),
     )
+
+
+def _loosened(share: float, gain: float) -> float:
+    """Returns a share of pixels that leaves so many times as many out."""
+    return share if gain == 1 else max(0.0, 1 - (1 - share) * gain)
 
 
 def read_budget(path: Path) -> Budget:
@@ -225,6 +272,10 @@ def read_budget(path: Path) -> Budget:
     except IsADirectoryError as error:
         raise BudgetError(
             f"{path} is a folder, and no budget.", hint="Name a file: --budget budget.toml"
+        ) from error
+    except OSError as error:
+        raise BudgetError(
+            f"{path} cannot be read: {error.strerror}.", hint="Check its permissions."
         ) from error
     except (ValueError, RecursionError) as error:
         raise BudgetError(

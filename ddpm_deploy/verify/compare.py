@@ -18,7 +18,7 @@ from ddpm_deploy.errors import ParityError, TraceError
 from ddpm_deploy.images import to_pixels
 from ddpm_deploy.precision import to_bf16, to_fp16
 from ddpm_deploy.run import Recipe
-from ddpm_deploy.sampling import Step
+from ddpm_deploy.sampling import Step, Table
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.verify.budget import Budget
 from ddpm_deploy.verify.loops import Loop, engine_loop, shared_noise
@@ -355,7 +355,8 @@ class Verifier:
         engine: The deployed one.
         recipe: Sampler, seed and labels of the loop; a trace's own where one of them is a trace.
         images: Indices of the images to draw; a trace's own where one of them is a trace.
-        budget: What the engine may differ by.
+        budget: What the engine may differ by; float32's when None. A general one is fitted to the
+            loop, see `Budget.over`.
 
     Raises:
         ParityError: The two are not the same kind of model, or both are traces.
@@ -387,11 +388,12 @@ class Verifier:
         if recipe.sampler is None:
             recipe = _with_sampler(recipe, engine.spec)
         self.recipe, self.images = recipe, images
-        self.budget = budget or Budget()
         self.reference, self.engine = reference, engine
         self.noise = shared_noise(recipe, images, engine.spec)
         self.loops = self._reference, self._engine = (self._loop(reference), self._loop(engine))
         self.table = self._reference.table
+        values = len(images) * int(np.prod(engine.spec.sample_shape))
+        self.budget = (budget or Budget.of("fp32")).over(gain(self.table), values=values)
         self._lengths = len(self._reference.table), len(self._engine.table)
         self._compared = self._which()
         self._differences = differing_fields(reference.spec, engine.spec)
@@ -520,6 +522,11 @@ class Verifier:
     def _pictures(self) -> PictureErrors | None:
         pixels = None if self._not_finite else self.pixels()
         return None if pixels is None else PictureErrors.between(pixels[1], pixels[0])
+
+
+def gain(table: Table) -> float:
+    """Returns the largest part of an error of the network's output that a step puts into x."""
+    return max(abs(row.x_from_x0 * row.x0_from_out + row.x_from_out) for row in table)
 
 
 def check_origin(trace: Trace, other: Side) -> None:

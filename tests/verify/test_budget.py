@@ -142,6 +142,32 @@ def test_pictures_have_limits_of_their_own(name: str, bound: float) -> None:
     assert [check.name for check in failed] == [name]
 
 
+def test_a_general_budget_allows_what_the_steps_of_a_loop_magnify() -> None:
+    fitted = Budget.of("fp32").over(100.0, values=10_000)
+    assert fitted.bound("local", "out") == 2e-5
+    assert fitted.bound("local", "x") == pytest.approx(2e-3)
+    assert fitted.bound("accumulated", "x") == pytest.approx(2e-3)  # a single step's at least
+    assert fitted.pixels == pytest.approx(0.9)
+    assert (fitted.equal, fitted.bias) == (0.0, 10.0)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_a_general_budget_stays_where_no_step_magnifies(arithmetic: Arithmetic) -> None:
+    budget = Budget.of(arithmetic)
+    assert budget.over(0.02, values=10_000) == budget
+
+
+def test_a_pixel_may_lie_at_the_edge_between_two_levels() -> None:
+    assert Budget.of("fp32").over(1.0, values=64).equal == 63 / 64
+
+
+def test_what_somebody_asked_for_is_held_to_the_letter() -> None:
+    asked = Budget.of("fp32").changed(local=1e-6, accumulated=1e-5, pixels=1.0)
+    assert asked.over(157.0, values=64) == asked
+    written = Budget(limits=(Limit(error="local", quantity="x", bound=1e-6),), equal=1.0)
+    assert written.over(157.0, values=64) == written
+
+
 def test_samples_that_are_no_pictures_have_no_likeness() -> None:
     rows = replace(BAD, ssim=())
     assert found(step(0), budget=only(ssim=0.99), pictures=rows).passed
@@ -289,6 +315,14 @@ def test_a_budget_that_is_not_there_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"There is no budget .*none\.toml") as caught:
         read_budget(tmp_path / "none.toml")
     assert "ddpm-deploy budget ckpt.pt" in caught.value.hint
+
+
+def test_a_budget_that_cannot_be_read_is_no_question_of_where_to_write() -> None:
+    memory = Path("/proc/self/mem")
+    if not memory.exists():
+        pytest.skip("of Linux")
+    with pytest.raises(BudgetError, match="cannot be read"):
+        read_budget(memory)
 
 
 def test_what_is_no_text_is_no_budget(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ RECIPES = {
     "ddim": Recipe(sampler="ddim", steps=20),
     "ddim, eta": Recipe(sampler="ddim", steps=20, eta=0.7, spacing="trailing"),
     "dome272": Recipe(sampler="dome272", steps=stratified(1000, 20, seed=2, first=1)),
+    "one step": Recipe(sampler="ddim", steps=1, spacing="trailing"),
+    "two steps, guided": Recipe(sampler="ddim", steps=2, spacing="linspace", guidance=7.5),
+    "three steps, guided": Recipe(sampler="ddpm", steps=3, spacing="linspace", guidance=7.5),
     "guided": Recipe(sampler="ddim", steps=20, guidance=2.0, labels=(3, 8)),
 }
 
