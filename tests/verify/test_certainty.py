@@ -163,6 +163,15 @@ def test_a_scaled_output_is_called_that_in_a_single_step(
     assert certain(found(wrong, planted)) == ["output-scale"]
 
 
+def test_what_leaves_a_seventh_of_an_error_is_likely_where_the_budget_is_wide(
+    world: Callable[[Recipe], World],
+) -> None:
+    planted = world(FULL)
+    wrong = Wrong(planted.good, x=lambda x: x[..., ::-1], out=noisy(0.15))
+    causes = found(wrong, planted, Budget.of("int8")).causes
+    assert [(cause.name, cause.certain) for cause in causes] == [("flipped-image", False)]
+
+
 def test_a_fault_that_leaves_another_one_is_not_certain(
     world: Callable[[Recipe], World],
 ) -> None:

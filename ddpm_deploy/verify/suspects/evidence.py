@@ -87,7 +87,7 @@ class Evidence:
 
     def gone(self, left: float, error: float) -> bool:
         """Tells whether so little is left of an error that a fault is its cause for certain."""
-        return left <= min(max(self.bound, TOLERANCE), error / 3)
+        return left <= min(max(self.bound, TOLERANCE), error / 10)
 
     @cached_property
     def worst(self) -> list[Pair]:
