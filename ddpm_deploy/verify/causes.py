@@ -14,7 +14,6 @@ from ddpm_deploy.verify.suspects.noise import noise_causes
 from ddpm_deploy.verify.suspects.pictures import picture_causes
 from ddpm_deploy.verify.suspects.sampler import sampler_causes
 
-
 VAGUE = ("network", "reduced-precision")
 """Causes that say no more than that something differs."""
 

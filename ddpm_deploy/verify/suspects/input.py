@@ -325,7 +325,7 @@ def _guidances(evidence: Evidence, experiment: Experiment, engine: Engine) -> It
         mend="Feed each image's label in every step."
         if name == "label-ignored"
         else f"Set the guidance to {said:g}.",
-        certain=experiment.gone(max(errors)),
+        certain=experiment.gone(left),
     )
 
 
