@@ -190,7 +190,7 @@ def _print(found: Mapping[Arithmetic, Expectation]) -> None:
     table = Table(
         title="expected errors over the reference's peak, the worst timestep", title_justify="left"
     )
-    for name in ("precision", "local ε", "free ε", "free x", "within a level", "PSNR, worst"):
+    for name in ("precision", "local out", "free out", "free x", "within a level", "PSNR, worst"):
         table.add_column(name, justify="right")
     for arithmetic, e in found.items():
         table.add_row(

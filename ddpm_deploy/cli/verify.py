@@ -243,11 +243,13 @@ def _walked(
 
     from ddpm_deploy.engines import Engine
     from ddpm_deploy.export.explain import walk
-    from ddpm_deploy.verify.causes import merged
+    from ddpm_deploy.verify.causes import VAGUE, merged
 
     note("walking both graphs, layer by layer")
     walked = walk(found, cast("Engine", reference), cast("Engine", deployed), threads=threads)
-    causes = found.causes if found.passed else merged([*walked.causes(), *found.causes])
+    causes = found.causes
+    if not found.passed and (nodes := list(walked.causes())):
+        causes = merged([*nodes, *(cause for cause in found.causes if cause.name not in VAGUE)])
     return replace(found, causes=causes, bisection=walked.to_dict()), walked.lines()
 
 
@@ -322,14 +324,18 @@ def _text(suffix: str, found: Verification, deployed: Side) -> str:
 
 
 def _print(found: Verification, walked: list[str]) -> None:
+    count = f"{len(found.images)} image{'' if len(found.images) == 1 else 's'}"
     sides = f"{found.engine['name']} against {found.reference['name']}"
-    typer.echo(_wrapped(f"{sides}, {len(found.images)} images, {found.sampled.says}"))
-    _print_steps(found)
+    typer.echo(_wrapped(f"{sides}, {count}, {found.sampled.says}"))
+    if found.comparison.steps:
+        _print_steps(found)
     result = found.comparison
     for check in result.checks:
         typer.echo(f"{'ok' if check.passed else 'outside'}: {check.says}")
     if result.amplification is not None:
-        typer.echo(f"the loop makes {result.amplification:.2g} times the largest local error")
+        typer.echo(
+            f"amplification: x is off by {result.amplification:.2g} times what the worst step adds"
+        )
     if result.pictures is not None:
         psnr, ssim = min(result.pictures.psnr), min(result.pictures.ssim, default=None)
         words = "identical" if psnr == float("inf") else f"PSNR {psnr:.1f} dB at worst"
@@ -353,7 +359,7 @@ def _print_steps(found: Verification) -> None:
 
     steps = found.comparison.steps
     table = Table(title="largest error over the reference's peak", title_justify="left")
-    for name in ("t", "local ε", "local x_0", "local x", "free ε", "free x_0", "free x"):
+    for name in ("t", "local out", "local x_0", "local x", "free out", "free x_0", "free x"):
         table.add_column(name, justify="right")
     shown = sorted({round(i * (len(steps) - 1) / (ROWS - 1)) for i in range(ROWS)}) if steps else []
     for i in shown:

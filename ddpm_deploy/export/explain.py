@@ -22,7 +22,7 @@ from ddpm_deploy.export.onnx_file import load_graph, weight_files
 from ddpm_deploy.export.rounding import rounded
 from ddpm_deploy.export.undo import undone
 from ddpm_deploy.files import sha256
-from ddpm_deploy.parity import TOLERANCE, relative_error
+from ddpm_deploy.parity import relative_error
 from ddpm_deploy.verify.cause import Cause
 from ddpm_deploy.verify.causes import VAGUE, merged
 from ddpm_deploy.verify.compare import Side
@@ -105,10 +105,10 @@ def explain(found: Verification, reference: Side, engine: Side) -> tuple[Cause, 
         return found.causes
     causes = [*_stale(reference, engine), *found.causes]
     more: list[Cause] = []
-    graph = source_graph(engine)
+    graph, result = source_graph(engine), found.comparison
     inside = {"input", "network", "precision"}
     explained = any(cause.certain and cause.place in inside for cause in causes)
-    if graph is not None and not explained and _is_off(found):
+    if graph is not None and not explained and (result.network_is_off or result.not_finite):
         with suppress(DDPMDeployError):  # a graph that cannot be read has been run all the same
             more = _of_graphs(found, reference, engine, load_graph(graph))
     if any(cause.certain for cause in more):  # it is known what, so not that it is something
@@ -175,14 +175,6 @@ def _calls(found: Verification, engine: Engine) -> Calls:
     ]
 
 
-def _is_off(found: Verification) -> bool:
-    """Tells whether the network itself is outside its budget, or ends."""
-    result = found.comparison
-    bound = result.budget.bound("local", "out") or TOLERANCE
-    errors = (step.local.out.max for step in result.steps)
-    return result.not_finite is not None or max(errors, default=0.0) > bound
-
-
 def _parts(given: onnx.ModelProto, calls: Calls) -> list[Cause]:
     """Names the half-precision part without which the output is far nearer to the reference's."""
     if not calls:
@@ -243,7 +235,7 @@ def walk(
             key=lambda pair: float(np.abs(pair.local_given.out - pair.local_wanted.out).max()),
         )
         k, t, x_t = worst.k, worst.local_given.t, worst.local_given.x_t
-    budget = result.budget.bound("local", "out") or TOLERANCE
+    budget = result.allowed(t)
     bisection = bisect_graphs(
         _graph(reference),
         _graph(engine),
@@ -315,8 +307,8 @@ def _graph(engine: Engine) -> onnx.ModelProto:
 def _cause(
     one: Difference, engine: Engine, before: float, after: float, found: Verification
 ) -> Cause:
-    bound = found.comparison.budget.bound("local", "out") or TOLERANCE
-    proved = after <= bound and after < before / 3
+    bound = max((found.comparison.allowed(step.t) for step in found.comparison.steps), default=0.0)
+    proved = after <= bound and after < before / 10
     evidence = "read off both files"
     if np.isfinite(after):
         evidence += (

@@ -75,14 +75,24 @@ class Limit:
             name += f"/t={self.first}..{'' if self.last is None else self.last}"
         return name
 
+    @property
+    def where(self) -> str:
+        """Its range of timesteps, as the end of a sentence; empty where it holds for all."""
+        if not self.first and self.last is None:
+            return ""
+        return f" for t = {self.first} to {'T-1' if self.last is None else self.last}"
+
     def value(self, step: StepErrors) -> float:
         """Returns the number that it bounds, of one step."""
         return float(getattr(getattr(getattr(step, self.error), self.quantity), self.measure))
 
+    def holds_at(self, t: int) -> bool:
+        """Tells whether a timestep is in its range."""
+        return self.first <= t and (self.last is None or t <= self.last)
+
     def worst(self, steps: Sequence[StepErrors]) -> StepErrors | None:
         """Returns the step in its range that is worst; None where there is none."""
-        last = math.inf if self.last is None else self.last
-        held = [step for step in steps if self.first <= step.t <= last]
+        held = [step for step in steps if self.holds_at(step.t)]
         pick = min if self.measure in LARGER_IS_BETTER else max
         return pick(held, key=self.value, default=None)
 
@@ -199,6 +209,16 @@ class Budget:
         pixels = self.pixels if pixels is None else pixels
         general = self.general and equal == self.equal and pixels == self.pixels
         return replace(self, limits=(*new, *kept), pixels=pixels, equal=equal, general=general)
+
+    def bound_at(self, error: ErrorKind, quantity: Quantity, t: int) -> float | None:
+        """Returns the tightest maximum allowed at a timestep; None where there is no limit."""
+        bounds = [
+            limit.bound
+            for limit in self.limits
+            if (limit.error, limit.quantity, limit.measure) == (error, quantity, "max")
+            and limit.holds_at(t)
+        ]
+        return min(bounds, default=None)
 
     def bound(self, error: ErrorKind, quantity: Quantity) -> float | None:
         """Returns the largest maximum allowed at any timestep; None where there is no limit."""

@@ -16,10 +16,11 @@ from ddpm_deploy.arrays import Pixels, Samples
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import ParityError, TraceError
 from ddpm_deploy.images import to_pixels
+from ddpm_deploy.parity import TOLERANCE
 from ddpm_deploy.precision import to_bf16, to_fp16
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.sampling import Step, Table
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.spec import Condition, ModelSpec
 from ddpm_deploy.verify.budget import Budget
 from ddpm_deploy.verify.loops import Loop, engine_loop, shared_noise
 from ddpm_deploy.verify.measures import Errors, PictureErrors
@@ -195,6 +196,15 @@ class Comparison:
         free = max((step.accumulated.x.max for step in self.steps), default=0.0)
         return free / local if local > 0 else None
 
+    def allowed(self, t: int) -> float:
+        """Returns what the network's output may be off by at a timestep, fed the same x_t."""
+        return self.budget.bound_at("local", "out", t) or TOLERANCE
+
+    @property
+    def network_is_off(self) -> bool:
+        """Tells whether the network itself differs by more than that, at any timestep."""
+        return any(step.local.out.max > self.allowed(step.t) for step in self.steps)
+
     @property
     def checks(self) -> tuple[Check, ...]:
         """All that was compared with the budget, in the order of the loop."""
@@ -258,13 +268,16 @@ class Comparison:
         for limit in self.budget.limits:
             worst = limit.worst(self.steps)
             if worst is None:
+                yield Check(
+                    name=limit.name, passed=True, says=f"{limit.name}: no timestep of it was seen"
+                )
                 continue
             value = limit.value(worst)
             yield Check(
                 name=limit.name,
                 passed=limit.allows(value),
                 says=f"{limit.error} error of {_SAID[limit.quantity]}: {limit.measure} "
-                f"{value:.2g} at t = {worst.t}; budget {limit.bound:.2g}",
+                f"{value:.2g} at t = {worst.t}; budget {limit.bound:.2g}{limit.where}",
                 value=value,
                 bound=limit.bound,
                 t=worst.t,
@@ -294,7 +307,9 @@ class Comparison:
         yield Check(
             name="bias",
             passed=abs(bias) <= self.budget.bias,
-            says=f"pixels are {abs(bias):.2g} levels too {'dark' if bias < 0 else 'bright'} in "
+            says="pixels are as bright as the reference's"
+            if bias == 0
+            else f"pixels are {abs(bias):.2g} levels too {'dark' if bias < 0 else 'bright'} in "
             f"the mean; budget {self.budget.bias:.2g}",
             value=bias,
             bound=self.budget.bias,
@@ -306,7 +321,8 @@ class Comparison:
                 yield Check(
                     name=name,
                     passed=worst >= bound,
-                    says=f"{name.upper()} of image {values.index(worst)} is {worst:.4g}; "
+                    says=f"{name.upper()} of image {values.index(worst)} is "
+                    f"{'infinite' if worst == float('inf') else f'{worst:.4g}'}; "
                     f"budget {bound:.4g}",
                     value=worst,
                     bound=bound,
@@ -511,7 +527,7 @@ class Verifier:
         Each uint8, (N, H, W, C); samples of other ranks are one row. None where the loop did not
         come to its end.
         """
-        if self._last is None or self._steps[-1].k != min(self._lengths):
+        if self._last is None or {self._steps[-1].k} != set(self._lengths):
             return None
         wanted, given = (
             final_pixels(x, side)
@@ -616,4 +632,13 @@ def _plain(value: Any) -> Any:
 def _short(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k}={v}" for k, v in value.items())
+    if isinstance(value, tuple) and all(isinstance(c, Condition) for c in value):
+        return ", ".join(map(_named, value)) or "none"
     return str(value)
+
+
+def _named(condition: Condition) -> str:
+    """Returns a condition in words: `y (10 classes)`."""
+    if condition.classes is None:
+        return f"{condition.name} {condition.shape}"
+    return f"{condition.name} ({condition.classes} classes)"

@@ -74,25 +74,24 @@ class Evidence:
     @cached_property
     def network_is_off(self) -> bool:
         """Tells whether the network itself differs, by more than its budget or rounding."""
-        return max(self.network_errors.values(), default=0.0) > self.bound
+        return any(self.network_errors[p.k] > self.allowed(p) for p in self.pairs)
 
-    @property
-    def bound(self) -> float:
-        """What the output may be off by."""
-        return self.comparison.budget.bound("local", "out") or TOLERANCE
+    def allowed(self, pair: Pair) -> float:
+        """Returns what the output may be off by in a transition."""
+        return self.comparison.allowed(pair.wanted.t)
 
-    def left_by_a_fault(self, error: float) -> float:
+    def left_by_a_fault(self, error: float, allowed: float) -> float:
         """Returns what a fault may leave of an error, to explain it: never more than a third."""
-        return min(max(self.bound, MATCH * min(error, 1.0)), error / 3)
+        return min(max(allowed, MATCH * min(error, 1.0)), error / 3)
 
-    def gone(self, left: float, error: float) -> bool:
+    def gone(self, left: float, error: float, allowed: float) -> bool:
         """Tells whether so little is left of an error that a fault is its cause for certain."""
-        return left <= min(max(self.bound, TOLERANCE), error / 10)
+        return left <= min(max(allowed, TOLERANCE), error / 10)
 
     @cached_property
     def worst(self) -> list[Pair]:
-        """The kept transitions whose output differs most, the worst first."""
-        return sorted(self.pairs, key=lambda p: -self.network_errors[p.k])
+        """The kept transitions whose output is most beyond what it may be, the worst first."""
+        return sorted(self.pairs, key=lambda p: -self.network_errors[p.k] / self.allowed(p))
 
     def step_error(self, pair: Pair, row: Transition) -> float:
         """Returns how far the deployed step is from a row's, given its own output.
@@ -243,8 +242,9 @@ class Experiment:
             given = self.call(pair, changed_t, x=x, predict=predict)
             left = relative_error(out(given) if out else given, self.target(pair))
             error = self._evidence.network_errors[pair.k]
-            off = error > self._evidence.bound
-            if left > (self._evidence.left_by_a_fault(error) if off else self._evidence.bound):
+            allowed = self._evidence.allowed(pair)
+            off = error > allowed
+            if left > (self._evidence.left_by_a_fault(error, allowed) if off else allowed):
                 return float("inf")
             explained += off
             worst = max(worst, left)
@@ -266,8 +266,12 @@ class Experiment:
 
     def explains(self, error: float) -> bool:
         """Tells whether so small an error is left that the fault explains the rest."""
-        return error <= self._evidence.left_by_a_fault(self.base())
+        return error <= self._evidence.left_by_a_fault(self.base(), self.allowed())
 
     def gone(self, error: float) -> bool:
         """Tells whether so small an error is left that nothing else is wrong."""
-        return self._evidence.gone(error, self.base())
+        return self._evidence.gone(error, self.base(), self.allowed())
+
+    def allowed(self) -> float:
+        """Returns what the output may be off by, the most of the transitions tried."""
+        return max(self._evidence.allowed(pair) for pair in self._pairs)

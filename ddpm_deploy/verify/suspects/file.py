@@ -26,7 +26,7 @@ def file_causes(evidence: Evidence) -> Iterator[Cause]:
         yield Cause(
             name=_NAMES.get(field, f"other-{field}"),
             place="file",
-            says=f"The deployed file's {field} is another.",
+            says=f"The deployed file says another {field.replace('_', ' ')}.",
             evidence=(values,),
             mend="Export the network again from its checkpoint, or set what the file does not say.",
             certain=True,

@@ -390,7 +390,8 @@ def _of_output(evidence: Evidence) -> Iterator[Cause]:
     pairs = evidence.worst[:3]
     fits = [_fit(pair) for pair in pairs]
     base = max(evidence.network_errors[p.k] for p in pairs)
-    if not fits or max(left for *_, left in fits) > evidence.left_by_a_fault(base):
+    allowed = max((evidence.allowed(pair) for pair in pairs), default=0.0)
+    if not fits or max(left for *_, left in fits) > evidence.left_by_a_fault(base, allowed):
         return
     left = max(left for *_, left in fits)
     words = "; ".join(
@@ -406,7 +407,7 @@ def _of_output(evidence: Evidence) -> Iterator[Cause]:
             f"{evidence.spec.prediction}.",
             evidence=(says,),
             mend=f"Export the network's {evidence.spec.prediction}, or set the prediction.",
-            certain=evidence.gone(left, base),
+            certain=evidence.gone(left, base, allowed),
         )
     elif all(max(abs(d), abs(c - fits[0][0])) < 0.01 * abs(c) for c, d, _ in fits):
         sign = all(abs(c + 1) < 0.01 for c, _, _ in fits)
@@ -418,7 +419,7 @@ def _of_output(evidence: Evidence) -> Iterator[Cause]:
             else f"The deployed network's output is {fits[0][0]:.6g} times the reference's.",
             evidence=(says,),
             mend="Look at what stands behind the last layer.",
-            certain=evidence.gone(left, base),
+            certain=evidence.gone(left, base, allowed),
         )
 
 
@@ -449,4 +450,5 @@ def _is_prediction(evidence: Evidence, name: str, pair: Pair) -> bool:
     # x_0 = (x - s ε) / a, and v = a ε - s x_0.
     other = (x_t - s * out) / a if name == "sample" else (out - s * x_t) / a
     left = relative_error(np.asarray(other, np.float32), pair.local_given.out)
-    return left <= evidence.left_by_a_fault(evidence.network_errors[pair.k])
+    error = evidence.network_errors[pair.k]
+    return left <= evidence.left_by_a_fault(error, evidence.allowed(pair))

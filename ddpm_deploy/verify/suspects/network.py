@@ -31,7 +31,7 @@ def network_causes(evidence: Evidence) -> Iterator[Cause]:
             says=f"Its numbers are not finite from step {bad.k} (t = {bad.t}) on"
             + (", and fp16 ends at 65504." if half else "."),
             evidence=(whose,),
-            mend="Type --bisect to see the node"
+            mend=_walk(evidence, "see the node")
             + (", or build with --bf16, whose range is float32's." if half else "."),
         )
     if evidence.network_is_off:
@@ -87,6 +87,13 @@ def _coarse(evidence: Evidence) -> Cause | None:
     return None
 
 
+def _walk(evidence: Evidence, why: str) -> str:
+    """Returns what to type to walk the graph; a trace has none."""
+    if isinstance(evidence.reference, Engine) and isinstance(evidence.engine, Engine):
+        return f"Type --bisect to {why}"
+    return f"Compare the engine with the checkpoint or its graph, and type --bisect to {why}"
+
+
 def _cosine(a: Samples, b: Samples) -> float:
     length = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
     return float(np.vdot(a, b)) / length if length else 0.0
@@ -94,10 +101,10 @@ def _cosine(a: Samples, b: Samples) -> float:
 
 def _somewhere(evidence: Evidence) -> Cause:
     """Says at which timesteps the network differs, where nothing more is known."""
-    bound = evidence.comparison.budget.bound("local", "out") or 0.0
-    steps = evidence.comparison.steps
-    off = [step for step in steps if step.local.out.max > bound]
-    worst = evidence.comparison.worst_local
+    comparison = evidence.comparison
+    steps = comparison.steps
+    off = [step for step in steps if step.local.out.max > comparison.allowed(step.t)]
+    worst = comparison.worst_local
     where = "every timestep" if len(off) == len(steps) else f"{len(off)} of {len(steps)} timesteps"
     return Cause(
         name="network",
@@ -108,5 +115,5 @@ def _somewhere(evidence: Evidence) -> Cause:
             f"{worst.local.out.max:.1e} of the peak at t = {worst.t}",
             "no change of t, label, channels, range or prediction explains it",
         ),
-        mend="Type --bisect to walk its graph to the first layer that differs.",
+        mend=f"{_walk(evidence, 'find the first node that differs')}.",
     )
