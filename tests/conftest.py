@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 from ddpm_deploy import Engine, Schedule, open_engine
 from ddpm_deploy.arrays import Samples, Timesteps
 from tests.support import tiny_spec, write_graph
+
+# A shell starts background jobs with Ctrl-C ignored, and what they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
 

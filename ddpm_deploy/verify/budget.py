@@ -313,6 +313,8 @@ def _budget(data: Mapping[str, Any]) -> Budget:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"limit is {entries!r}; it is written as [[limit]]")
     limits = tuple(_limit(entry) for entry in entries)
+    if not limits and not rest:
+        raise ValueError("it says nothing, so that it would allow everything")
     if unknown := sorted(rest.keys() - PICTURES.keys()):
         known = ", ".join(PICTURES)
         raise ValueError(f"it has {', '.join(unknown)}; there are {known} and [[limit]]")

@@ -230,7 +230,9 @@ def test_numbers_of_numpy_are_written_as_numbers(tmp_path: Path) -> None:
 def test_what_a_file_leaves_open_is_open(tmp_path: Path) -> None:
     budget = read(tmp_path, '[[limit]]\nerror = "local"\nquantity = "out"\nat_most = 1\n')
     assert budget == only(Limit(error="local", quantity="out", bound=1.0))
-    assert read(tmp_path, "") == only()
+    assert read(tmp_path, "pixels = 0.5") == only(pixels=0.5)
+    with pytest.raises(BudgetError, match="it would allow everything"):
+        read(tmp_path, "format = 1")
 
 
 def test_a_wider_bound_replaces_the_default_and_leaves_the_rest() -> None:
