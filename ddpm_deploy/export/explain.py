@@ -129,9 +129,10 @@ def _of_graphs(
         wanted = _graph(reference)
         listed = differences(wanted, given)
     if wanted is not None and not any(one.kind in _ANOTHER for one in listed):
-        tried = [(one, *_undone(one, wanted, given, calls)) for one in listed]
-        tried.sort(key=lambda each: each[2])
-        return [_cause(one, engine, before, after, found) for one, before, after in tried]
+        before = output_error(rounded(given), calls) if calls else float("inf")
+        tried = [(one, _undone(one, wanted, given, calls)) for one in listed]
+        tried.sort(key=lambda each: each[1])
+        return [_cause(one, engine, before, after, found) for one, after in tried]
     first = next(one for one in listed if one.kind in _ANOTHER)
     another = [cause for cause in found.causes if cause.name == "another-checkpoint"]
     return [_another(first, another[0] if another else None)]
@@ -155,12 +156,12 @@ def _another(one: Difference, files: Cause | None) -> Cause:
 
 def _undone(
     one: Difference, wanted: onnx.ModelProto, given: onnx.ModelProto, calls: Calls
-) -> tuple[float, float]:
-    """Returns the output's error as it is and with a difference undone; infinite if it cannot."""
+) -> float:
+    """Returns the output's error with a difference undone; infinite if that cannot be tried."""
     fixed = undone(wanted, given, one.names)
     if fixed is None or not calls:
-        return float("inf"), float("inf")
-    return output_error(rounded(given), calls), output_error(rounded(fixed), calls)
+        return float("inf")
+    return output_error(rounded(fixed), calls)
 
 
 def _calls(found: Verification, engine: Engine) -> Calls:

@@ -7,7 +7,8 @@ Two errors: *local*, where both sides are fed the same x_t, is the deployed step
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -205,7 +206,7 @@ class Comparison:
         """Tells whether the network itself differs by more than that, at any timestep."""
         return any(step.local.out.max > self.allowed(step.t) for step in self.steps)
 
-    @property
+    @cached_property
     def checks(self) -> tuple[Check, ...]:
         """All that was compared with the budget, in the order of the loop."""
         return (*self._spec_checks(), *self._step_checks(), *self._picture_checks())
@@ -401,8 +402,8 @@ class Verifier:
             check_origin(trace, engine if trace is reference else reference)
             recipe, images = trace.recipe, trace.images
         recipe = recipe or Recipe()
-        if recipe.sampler is None:
-            recipe = _with_sampler(recipe, engine.spec)
+        if recipe.sampler is None:  # the family's own is the deployed side's, for both
+            recipe = replace(recipe, sampler=engine.spec.sampler)
         self.recipe, self.images = recipe, images
         self.reference, self.engine = reference, engine
         self.noise = shared_noise(recipe, images, engine.spec)
@@ -592,11 +593,6 @@ def _check_same_shape(reference: Side, engine: Side) -> None:
 
 def _called(side: Side, name: str) -> str:
     return str(side.path) if isinstance(side, Engine) else name
-
-
-def _with_sampler(recipe: Recipe, spec: ModelSpec) -> Recipe:
-    """The family's own sampler is the deployed side's, for both."""
-    return Recipe(**{**vars(recipe), "sampler": spec.sampler})
 
 
 def _kept(compared: Sequence[int], spec: ModelSpec, images: int) -> list[int]:

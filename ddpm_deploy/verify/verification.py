@@ -118,10 +118,10 @@ def verify(
     on_start(verifier)
     for step in verifier:
         on_step(step)
-    result = verifier.result
+    result, pixels = verifier.result, verifier.pixels()
     return Verification(
         comparison=result,
-        causes=() if result.passed else find_causes(evidence(verifier), verifier.pixels()),
+        causes=() if result.passed else find_causes(_evidence(verifier, result), pixels),
         spec=engine.spec,
         recipe=verifier.recipe,
         images=tuple(verifier.images),
@@ -136,7 +136,7 @@ def verify(
         same_checkpoint=_same_checkpoint(against.spec, engine.spec),
         seconds=perf_counter() - start,
         command=tuple(command),
-        pixels=verifier.pixels(),
+        pixels=pixels,
     )
 
 
@@ -166,10 +166,9 @@ def open_side(
     return stack.enter_context(open_engine(path, threads=threads, device=device, spec=spec))
 
 
-def evidence(verifier: Verifier) -> Evidence:
-    """Returns what is known after a comparison, to look for causes in."""
+def _evidence(verifier: Verifier, result: Comparison) -> Evidence:
     return Evidence(
-        comparison=verifier.result,
+        comparison=result,
         reference=verifier.reference,
         engine=verifier.engine,
         loops=verifier.loops,

@@ -101,16 +101,13 @@ class Evidence:
         wanted = self.result(pair, row)
         return float("inf") if wanted is None else relative_error(pair.local_given.x, wanted)
 
-    def result(
-        self, pair: Pair, row: Transition, z: Samples | None = None, *, noise: bool = True
-    ) -> Samples | None:
+    def result(self, pair: Pair, row: Transition, *, noise: bool = True) -> Samples | None:
         """Returns what a row makes of the deployed network's output: float32, (N, *sample_shape).
 
         Args:
             pair: The transition.
             row: What to do.
-            z: Noise; the recipe's when None.
-            noise: Whether it is added.
+            noise: Whether the recipe's noise is added.
         """
         step = pair.local_given
         x0 = predicted_x0(row, step.x_t, step.out)
@@ -120,7 +117,7 @@ class Evidence:
         std = self._std(pair, row)
         if std is None:
             return None
-        return np.asarray(mean + std * (self.noise(pair.k) if z is None else z), np.float32)
+        return np.asarray(mean + std * self.noise(pair.k), np.float32)
 
     def _std(self, pair: Pair, row: Transition) -> float | Samples | None:
         """Returns σ of a row, from the network's own v where the variance is learned."""
@@ -209,7 +206,7 @@ class Experiment:
 
     def base(self) -> float:
         """Returns the error that a fault is to explain, the largest of the transitions tried."""
-        return max(relative_error(p.local_given.out, p.local_wanted.out) for p in self._pairs)
+        return max(self._evidence.network_errors[pair.k] for pair in self._pairs)
 
     def timestep(self, pair: Pair) -> int:
         """Returns the timestep that the loop called the network with."""
@@ -221,7 +218,6 @@ class Experiment:
         x: Change | None = None,
         t: Callable[[int], int] | None = None,
         out: Change | None = None,
-        predict: Predictor | None = None,
     ) -> float:
         """Returns the largest error that is left with a fault; infinite where it explains nothing.
 
@@ -231,7 +227,6 @@ class Experiment:
             x: What the fault does to the input.
             t: What it does to the timestep.
             out: What it does to the output.
-            predict: The network with other conditions bound.
         """
         worst, explained = 0.0, 0
         for pair in self._pairs:
@@ -239,7 +234,7 @@ class Experiment:
             changed_t = t(wanted_t) if t else wanted_t
             if not 0 <= changed_t < self.spec.schedule.T:
                 continue  # the loop's ends have no neighbour
-            given = self.call(pair, changed_t, x=x, predict=predict)
+            given = self.call(pair, changed_t, x=x)
             left = relative_error(out(given) if out else given, self.target(pair))
             error = self._evidence.network_errors[pair.k]
             allowed = self._evidence.allowed(pair)

@@ -14,8 +14,6 @@ from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import DDPMDeployError
 from ddpm_deploy.parity import relative_error
 from ddpm_deploy.precision import to_bf16, to_fp16
-from ddpm_deploy.run import default_labels
-from ddpm_deploy.sampling import Predictor, guided
 from ddpm_deploy.verify.cause import Cause
 from ddpm_deploy.verify.compare import Pair
 from ddpm_deploy.verify.suspects.evidence import Change, Evidence, Experiment
@@ -340,8 +338,8 @@ def _swapped(evidence: Evidence, experiment: Experiment, engine: Engine) -> Iter
     found = y.copy()
     for number in every:
         errors = np.zeros(len(y))
+        predict = replace(evidence.recipe, labels=(number,)).predictor(engine, evidence.images)
         for pair in experiment.pairs[:2]:
-            predict = _bound(evidence, engine, np.full_like(y, number))
             given = experiment.call(pair, experiment.timestep(pair), predict=predict)
             target = experiment.target(pair)
             each = [relative_error(g, w) for g, w in zip(given, target, strict=True)]
@@ -369,20 +367,8 @@ def _swapped(evidence: Evidence, experiment: Experiment, engine: Engine) -> Iter
 
 
 def _labels(evidence: Evidence, engine: Engine) -> Array:
-    recipe = replace(evidence.recipe, labels=evidence.recipe.labels or default_labels(engine.spec))
-    (y,) = recipe.conditions(engine, evidence.images).values()
+    (y,) = evidence.recipe.conditions(engine, evidence.images).values()
     return y
-
-
-def _bound(evidence: Evidence, engine: Engine, y: Array) -> Predictor:
-    """Binds labels to a network, with the recipe's guidance."""
-    label = engine.spec.label
-    assert label is not None
-    scale = evidence.recipe.guidance
-    if scale == 1:
-        return partial(engine, **{label.name: y})
-    both = np.concatenate([y, np.full_like(y, label.null)])
-    return guided(partial(engine, **{label.name: both}), scale)
 
 
 def _of_output(evidence: Evidence) -> Iterator[Cause]:
