@@ -22,9 +22,9 @@ from ddpm_deploy.cli.common import (
     Threads,
     note,
     note_untrained,
-    parse_labels,
     print_json,
     print_table,
+    recipe_of,
     settings,
 )
 from ddpm_deploy.errors import DDPMDeployError
@@ -75,12 +75,8 @@ def command(
     network and what the loop makes of it, and prints what each precision
     should err by. verify holds an engine to the file.
     """
-    from typing import cast
-
     from ddpm_deploy.engines import open_engine
     from ddpm_deploy.files import whole_file
-    from ddpm_deploy.run import Recipe
-    from ddpm_deploy.sampling import Sampler, Spacing
     from ddpm_deploy.verify.budget import ARITHMETICS
     from ddpm_deploy.verify.expect import FACTOR, expected
     from ddpm_deploy.verify.loops import engine_loop
@@ -102,13 +98,14 @@ def command(
         ExitStack() as stack,
     ):
         _check_float32(engine)
-        recipe = Recipe(
+        recipe = recipe_of(
+            engine.spec,
             seed=seed,
-            sampler=cast("Sampler | None", sampler),
+            sampler=sampler,
             steps=steps if timesteps is None else drawn_steps(engine.spec, timesteps, seed=seed),
             eta=eta,
-            spacing=cast("Spacing", spacing),
-            labels=parse_labels(label, engine.spec),
+            spacing=spacing,
+            label=label,
             guidance=guidance,
         )
         with settings("See: ddpm-deploy budget --help"):

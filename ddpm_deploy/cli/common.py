@@ -16,6 +16,7 @@ from ddpm_deploy.errors import DDPMDeployError
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+    from ddpm_deploy.run import Recipe
     from ddpm_deploy.sampling import Table
     from ddpm_deploy.spec import ModelSpec
 
@@ -94,6 +95,45 @@ def parse_labels(text: str | None, spec: ModelSpec) -> tuple[int, ...] | None:
             + known,
             param_hint="--label",
         ) from None
+
+
+def recipe_of(
+    spec: ModelSpec,
+    *,
+    seed: int,
+    sampler: str | None,
+    steps: int | tuple[int, ...] | None,
+    eta: float,
+    spacing: str,
+    label: str | None,
+    guidance: float,
+) -> Recipe:
+    """Makes a recipe of the options that say what loop it is; its table refuses unknown names.
+
+    Args:
+        spec: What the network is.
+        seed: `--seed`.
+        sampler: `--sampler`.
+        steps: `--steps`, or the timesteps themselves.
+        eta: `--eta`.
+        spacing: `--spacing`.
+        label: `--label`, as it was typed.
+        guidance: `--guidance`.
+    """
+    from typing import cast
+
+    from ddpm_deploy.run import Recipe
+    from ddpm_deploy.sampling import Sampler, Spacing
+
+    return Recipe(
+        seed=seed,
+        sampler=cast("Sampler | None", sampler),
+        steps=steps,
+        eta=eta,
+        spacing=cast("Spacing", spacing),
+        labels=parse_labels(label, spec),
+        guidance=guidance,
+    )
 
 
 def note(text: str) -> None:

@@ -22,8 +22,8 @@ from ddpm_deploy.cli.common import (
     Threads,
     note,
     note_untrained,
-    parse_labels,
     print_json,
+    recipe_of,
     settings,
 )
 from ddpm_deploy.errors import DDPMDeployError
@@ -67,21 +67,19 @@ def command(
     Image i depends on the seed and i alone. The folder takes 000000.png,
     000001.png, ..., grid.png, and run.json with all that reproduces them.
     """
-    from typing import cast
-
     from ddpm_deploy.cli.rebuild import open_or_rebuild
     from ddpm_deploy.noise import SeededNoise
-    from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Recipe, Run, batch_for, recorded_batch
-    from ddpm_deploy.sampling import Sampler, Spacing
+    from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Run, batch_for, recorded_batch
 
     with open_or_rebuild(engine, rebuild=rebuild, threads=threads, device=device) as opened:
-        recipe = Recipe(
+        recipe = recipe_of(
+            opened.spec,
             seed=seed,
-            sampler=cast("Sampler | None", sampler),
+            sampler=sampler,
             steps=steps,
             eta=eta,
-            spacing=cast("Spacing", spacing),
-            labels=parse_labels(label, opened.spec),
+            spacing=spacing,
+            label=label,
             guidance=guidance,
         )
         with settings("See: ddpm-deploy sample --help"):

@@ -20,7 +20,7 @@ from ddpm_deploy.cli.common import (
     Steps,
     Threads,
     note_untrained,
-    parse_labels,
+    recipe_of,
     settings,
 )
 from ddpm_deploy.errors import TraceError
@@ -70,12 +70,8 @@ def command(
     The file says what the network is and which noise it was given, and holds
     x_t and the output at some steps.
     """
-    from typing import cast
-
     from ddpm_deploy.engines import open_engine
     from ddpm_deploy.files import whole_file
-    from ddpm_deploy.run import Recipe
-    from ddpm_deploy.sampling import Sampler, Spacing
     from ddpm_deploy.verify import engine_loop, record, write_trace
     from ddpm_deploy.verify.goldens import (
         check_calls,
@@ -99,13 +95,14 @@ def command(
         whole_file(path) as partial,
     ):
         spec = opened.spec
-        recipe = Recipe(
+        recipe = recipe_of(
+            spec,
             seed=seed,
-            sampler=cast("Sampler | None", sampler) or spec.sampler,
+            sampler=sampler or spec.sampler,
             steps=steps,
             eta=eta,
-            spacing=cast("Spacing", spacing),
-            labels=parse_labels(label, spec),
+            spacing=spacing,
+            label=label,
             guidance=guidance,
         )
         if polygraphy or trtexec:

@@ -26,9 +26,9 @@ from ddpm_deploy.cli.common import (
     Threads,
     note,
     note_untrained,
-    parse_labels,
     print_json,
     print_table,
+    recipe_of,
     settings,
 )
 
@@ -114,8 +114,6 @@ def command(
     on the same noise. Exits 1 outside the budget, and says what the likely
     cause is.
     """
-    from ddpm_deploy.run import Recipe
-    from ddpm_deploy.sampling import Sampler, Spacing
     from ddpm_deploy.verify.sampled import drawn_steps
     from ddpm_deploy.verify.verification import default_budget, open_side, verify
 
@@ -136,13 +134,14 @@ def command(
         _check_loop(ctx, {engine: deployed, against: reference})
         if bisect:
             _check_bisect({engine: deployed, against: reference})
-        recipe = Recipe(
+        recipe = recipe_of(
+            deployed.spec,
             seed=seed,
-            sampler=cast("Sampler | None", sampler),
+            sampler=sampler,
             steps=steps if timesteps is None else drawn_steps(deployed.spec, timesteps, seed=seed),
             eta=eta,
-            spacing=cast("Spacing", spacing),
-            labels=parse_labels(label, deployed.spec),
+            spacing=spacing,
+            label=label,
             guidance=guidance,
         )
         with settings("See: ddpm-deploy verify --help"), ExitStack() as bar:
@@ -361,8 +360,7 @@ def _print_steps(found: Verification) -> None:
     table = Table(title="largest error over the reference's peak", title_justify="left")
     for name in ("t", "local out", "local x_0", "local x", "free out", "free x_0", "free x"):
         table.add_column(name, justify="right")
-    shown = sorted({round(i * (len(steps) - 1) / (ROWS - 1)) for i in range(ROWS)}) if steps else []
-    for i in shown:
+    for i in sorted({round(i * (len(steps) - 1) / (ROWS - 1)) for i in range(ROWS)}):
         step = steps[i]
         parts = [getattr(side, name) for side in (step.local, step.accumulated) for name in _PARTS]
         table.add_row(str(step.t), *(f"{part.max:.1e}" for part in parts))
