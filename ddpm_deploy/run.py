@@ -6,6 +6,7 @@ that was killed ends with the same bytes as one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -31,6 +32,8 @@ from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.sampling import (
     Predictor,
     Sampler,
+    Sampling,
+    SelfConditioned,
     Spacing,
     Table,
     Transition,
@@ -39,7 +42,7 @@ from ddpm_deploy.sampling import (
     predicted_x0,
     split_variance,
 )
-from ddpm_deploy.spec import ModelSpec
+from ddpm_deploy.spec import Condition, ModelSpec
 
 GRID_IMAGES = 64
 GIF_NAME = "x0.gif"
@@ -55,36 +58,53 @@ class Recipe:
     Attributes:
         seed: Of the noise.
         sampler: `ddpm`, `ddim` or `dome272`; the family's own when None.
-        steps: Transitions; all when None. Or the timesteps to visit.
-        eta: Share of noise for `ddim`.
-        spacing: How `steps` are chosen.
+        steps: Transitions, or the timesteps to visit; the family's own, or all, when None.
+        eta: Share of noise for `ddim`; the family's own when None.
+        spacing: How `steps` are chosen; the family's own when None.
         labels: Class labels, taken in turn: image i gets labels[i mod their number]. None for an
             unconditional network.
         guidance: Scale of classifier-free guidance; 1 is the plain conditional network.
+        observations: What the network is conditioned on, by the input's name: rows of numbers in C
+            order, taken in turn as labels are.
     """
 
     seed: int = 0
     sampler: Sampler | None = None
     steps: int | tuple[int, ...] | None = None
-    eta: float = 0.0
-    spacing: Spacing = "leading"
+    eta: float | None = None
+    spacing: Spacing | None = None
     labels: tuple[int, ...] | None = None
     guidance: float = 1.0
+    observations: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+
+    def loop(self, spec: ModelSpec) -> tuple[Sampler, Sampling]:
+        """Returns the loop in full: the family's own, but for what the recipe says."""
+        return spec.loop(self.sampler, self.steps, eta=self.eta, spacing=self.spacing)
 
     def table(self, spec: ModelSpec) -> Table:
         """Tabulates the sampler; errors as in `ModelSpec.table`."""
         return spec.table(self.sampler, self.steps, eta=self.eta, spacing=self.spacing)
 
     def fused(self, engine: Engine) -> bool:
-        """Tells whether the step behind a network is this recipe's: guidance would come before."""
-        return engine.fused and self.guidance == 1
+        """Tells whether the step behind a network is this recipe's.
+
+        Guidance would come before it, and it does not look back at the step before.
+        """
+        return (
+            engine.fused
+            and self.guidance == 1
+            and engine.spec.self_condition is None
+            and not any(row.x_from_before for row in self.table(engine.spec))
+        )
 
     def conditions(self, engine: Engine, images: Sequence[int]) -> dict[str, Array]:
-        """Returns an engine's conditions for some images: their labels, where it takes some.
+        """Returns an engine's conditions for some images: labels and observations.
+
+        What the loop gives, the last step's x_0, is not among them.
 
         Raises:
-            EngineInputError: The network does not take these labels or guidance, or the guidance is
-                not finite.
+            EngineInputError: The network does not take these labels, observations or guidance, or
+                the guidance is not finite.
         """
         return self.conditions_of(engine.spec, images, called=str(engine.path))
 
@@ -103,6 +123,18 @@ class Recipe:
                 f"The guidance is {self.guidance}; it must be finite.",
                 hint="Type --guidance 2, or leave it out.",
             )
+        if self.guidance != 1 and spec.guidance is not None:
+            raise EngineInputError(
+                f"{called} has its guidance inside, of scale {spec.guidance:g}.",
+                hint="Leave --guidance out, or export without it.",
+            )
+        observed = {c.name: self._observed(c, images, called) for c in spec.observations}
+        if unknown := self.observations.keys() - observed.keys():
+            raise EngineInputError(
+                f"{called} has no input called {min(unknown)}; it takes "
+                f"{', '.join(observed) or 'no observation'}.",
+                hint="See its inputs: ddpm-deploy inspect " + called,
+            )
         condition = spec.label
         if condition is None:
             if self.labels is not None or self.guidance != 1:
@@ -110,7 +142,7 @@ class Recipe:
                     f"{called} is unconditional: it takes neither labels nor guidance.",
                     hint="Leave --label and --guidance out.",
                 )
-            return {}
+            return observed
         classes, null = condition.classes or 1, condition.null
         labels = self.labels or default_labels(spec)
         for label in labels:
@@ -121,7 +153,25 @@ class Recipe:
                     hint="Type --label 0, a list such as --label 0,1,2, or --label none.",
                 )
         y = np.array([labels[i % len(labels)] for i in images], dtype=condition.dtype)
-        return {condition.name: y}
+        return {condition.name: y, **observed}
+
+    def _observed(self, condition: Condition, images: Sequence[int], called: str) -> Array:
+        """Returns an observation for some images."""
+        rows = self.observations.get(condition.name, ())
+        if not rows:
+            raise EngineInputError(
+                f"{called} is conditioned on {condition.name}, {condition.dtype} "
+                f"{condition.shape}, and none is given.",
+                hint=f"Give a NumPy file with one an image: --observe {condition.name}=FILE.npy",
+            )
+        if any(len(row) != math.prod(condition.shape) for row in rows):
+            raise EngineInputError(
+                f"{condition.name} has {len(rows[0])} numbers an image; {called} takes "
+                f"{condition.shape}.",
+                hint="Give an array (N, " + ", ".join(map(str, condition.shape)) + ").",
+            )
+        chosen = [rows[i % len(rows)] for i in images]
+        return np.array(chosen, dtype=condition.dtype).reshape(len(images), *condition.shape)
 
     def predictor(self, engine: Engine, images: Sequence[int]) -> Predictor:
         """Binds labels and guidance for some images to an engine.
@@ -131,6 +181,16 @@ class Recipe:
                 needs.
         """
         conditions = self.conditions(engine, images)
+        sees = engine.spec.self_condition
+        if sees is None:
+            return self._guided(engine, conditions)
+        name = sees.name
+        return SelfConditioned(
+            predict=lambda x, t, before: self._guided(engine, {**conditions, name: before})(x, t)
+        )
+
+    def _guided(self, engine: Engine, conditions: Mapping[str, Array]) -> Predictor:
+        """Binds conditions and guidance to an engine."""
         if self.guidance == 1 or engine.spec.label is None:
             return partial(engine, **conditions)
         name, null = engine.spec.label.name, engine.spec.label.null
@@ -140,8 +200,9 @@ class Recipe:
                 hint="Leave --guidance out.",
             )
         y = conditions[name]
-        both = np.concatenate([y, np.full_like(y, null)])
-        return guided(partial(engine, **{name: both}), self.guidance)
+        both = {key: np.concatenate([value, value]) for key, value in conditions.items()}
+        both[name] = np.concatenate([y, np.full_like(y, null)])
+        return guided(partial(engine, **both), self.guidance)
 
 
 def default_labels(spec: ModelSpec) -> tuple[int, ...]:
@@ -503,19 +564,26 @@ class Run:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         engine, recipe = self.engine, self.recipe
+        sampler, loop = recipe.loop(engine.spec)
+        observed = json.dumps(dict(recipe.observations), sort_keys=True)
         return {
             "engine sha256": sha256(engine.path),
             "runtime": engine.describe()["runtime"],
             "device": engine.name,
             "seed": recipe.seed,
-            "sampler": recipe.sampler or engine.spec.sampler,
-            "steps": recipe.steps
-            if isinstance(recipe.steps, tuple)
+            "sampler": sampler,
+            "steps": loop.steps
+            if isinstance(loop.steps, tuple)
             else len(recipe.table(engine.spec)),
-            "eta": recipe.eta,
-            "spacing": recipe.spacing,
+            "eta": loop.eta,
+            "spacing": loop.spacing,
             "labels": list(self.labels),
             "guidance": recipe.guidance,
+            **(
+                {"observations": hashlib.sha256(observed.encode()).hexdigest()}
+                if recipe.observations
+                else {}
+            ),
             "noise": noise_module.SCHEME,
         }
 

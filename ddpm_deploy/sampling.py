@@ -3,11 +3,11 @@
 A row of a table takes x_t to x_s:
 
     x_0 = x0_from_x · x_t + x0_from_out · out          then clipped to [-clip, clip]
-    x_s = x_from_x0 · x_0 + x_from_x · x_t + x_from_out · out + σ · z
+    x_s = x_from_x0 · x_0 + x_from_x · x_t + x_from_out · out + x_from_before · x_0' + σ · z
 
-`out` is what the network gives for (x_t, t); σ is `x_from_noise`, or a function of the network's
-second half where the variance is learned. Tables are float64 data made before the loop; their
-numbers are Python floats, so float32 images stay float32.
+`out` is what the network gives for (x_t, t); x_0' is the last step's x_0; σ is `x_from_noise`, or a
+function of the network's second half where the variance is learned. Tables are float64 data made
+before the loop; their numbers are Python floats, so float32 images stay float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -28,9 +28,57 @@ Spacing = Literal["leading", "linspace", "trailing"]
 Sampler = Literal["ddpm", "ddim", "dome272"]
 
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
+PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
-Predictor = Callable[[Samples, Timesteps], Samples]
+Predictor: TypeAlias = Callable[[Samples, Timesteps], Samples]
 """A network with its conditions bound: (x, t) to its output, float32 to float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfConditioned:
+    """A predictor that also sees the last step's x_0; `denoise` gives it.
+
+    Called with (x, t) alone it sees zeros, as at the first step.
+
+    Attributes:
+        predict: From (x, t, x_0') to the output, all float32.
+
+    References:
+        Chen et al. 2022, https://arxiv.org/abs/2208.04202, section 2.2.
+    """
+
+    predict: Callable[[Samples, Timesteps, Samples], Samples]
+
+    def __call__(self, x: Samples, t: Timesteps) -> Samples:
+        """Returns the output where nothing was predicted yet."""
+        return self.predict(x, t, np.zeros_like(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a loop goes, besides its sampler: what `ModelSpec` keeps of a family's own.
+
+    Attributes:
+        steps: Transitions to keep; all when None. Or the timesteps to visit.
+        eta: Share of noise for `ddim`, 0 to 1.
+        spacing: How `steps` are chosen, see `timesteps`.
+        offset: Added to the timesteps of `leading` spacing.
+        direction: ε of `ddim` is derived from the `clipped` x_0, or is the `network`'s own.
+        previous: x_s of `ddim` lies at the `next` timestep visited, or a whole `stride` T // steps
+            below t.
+        final: Past the last timestep lies the `clean` image, or, for `ddim`, what ᾱ of the `first`
+            timestep says.
+        noise_at_end: Whether `ddpm` adds noise at its last transition, too, where that is above 0.
+    """
+
+    steps: int | tuple[int, ...] | None = None
+    eta: float = 0.0
+    spacing: Spacing = "leading"
+    offset: int = 0
+    direction: Literal["clipped", "network"] = "clipped"
+    previous: Literal["next", "stride"] = "next"
+    final: Literal["clean", "first"] = "clean"
+    noise_at_end: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +94,8 @@ class Transition:
         x_from_x0: Factor of the clipped x_0 in x_s.
         x_from_x: Factor of x_t in x_s.
         x_from_out: Factor of the network's output in x_s.
+        x_from_before: Factor in x_s of the last step's x_0, for solvers that look back; 0 at the
+            first transition.
         x_from_noise: Standard deviation σ of the fresh noise; 0 draws none. Where the variance is
             learned, 1 or 0: whether noise is added.
         log_std: (a, b) where log σ = a + b·v, v being the second half of the network's output
@@ -60,6 +110,7 @@ class Transition:
     x_from_x0: float
     x_from_x: float
     x_from_out: float = 0.0
+    x_from_before: float = 0.0
     x_from_noise: float = 0.0
     log_std: tuple[float, float] | None = None
 
@@ -78,6 +129,7 @@ class Step:
         out: float32, (N, *sample_shape): what it predicted, without v where that is learned.
         x0: float32, (N, *sample_shape): the clean images that this implies, clipped.
         x: float32, (N, *sample_shape): the result x_s; after the last step, the images.
+        before: float32, (N, *sample_shape): the last step's x_0; None at the first step.
     """
 
     k: int
@@ -86,6 +138,7 @@ class Step:
     out: Samples
     x0: Samples
     x: Samples
+    before: Samples | None = None
 
     @property
     def finite(self) -> bool:
@@ -98,6 +151,7 @@ def timesteps(
     steps: int | Sequence[int] | None = None,
     *,
     spacing: Spacing = "leading",
+    offset: int = 0,
 ) -> list[int]:
     """Chooses the timesteps that a shorter loop visits.
 
@@ -106,6 +160,7 @@ def timesteps(
         steps: How many to keep, 1 to T; all when None. Or the timesteps themselves, in any order.
         spacing: `leading` counts whole strides from 0, `linspace` spreads evenly over 0..T-1 with
             both ends, `trailing` counts down from T-1.
+        offset: Added to the timesteps of `leading` spacing.
 
     Returns:
         The timesteps in sampling order, noisiest first, each once.
@@ -129,7 +184,9 @@ def timesteps(
         raise ValueError(f"steps is {steps}; this schedule has 1 to {T}")
     match spacing:
         case "leading":
-            ascending = [k * (T // n) for k in range(n)]
+            ascending = [k * (T // n) + offset for k in range(n)]
+            if not 0 <= offset <= T - 1 - (n - 1) * (T // n):
+                raise ValueError(f"{n} steps with offset {offset} leave 0..{T - 1}")
         case "linspace":
             ascending = [round(k * (T - 1) / (n - 1)) for k in range(n)] if n > 1 else [T - 1]
         case "trailing":
@@ -147,6 +204,8 @@ def ddpm(
     variance: Variance = "fixed_small",
     clip: float | None = 1.0,
     spacing: Spacing = "leading",
+    offset: int = 0,
+    noise_at_end: bool = False,
 ) -> list[Transition]:
     """Tabulates ancestral sampling.
 
@@ -158,6 +217,8 @@ def ddpm(
             lies between the two on a logarithmic scale at (v+1)/2 (`learned_range`).
         clip: x_0 is clipped to [-clip, clip]; None leaves it.
         spacing: How `steps` are chosen, see `timesteps`.
+        offset: Added to the timesteps of `leading` spacing.
+        noise_at_end: Whether the last transition adds noise, too, where it is not from t = 0.
 
     Returns:
         The transitions in sampling order, noisiest first. The last one adds no noise.
@@ -170,9 +231,11 @@ def ddpm(
         Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, Eq. 15 and 19.
     """
     table = []
-    for t, s in _pairs(timesteps(schedule.T, steps, spacing=spacing)):
+    for t, s in _pairs(timesteps(schedule.T, steps, spacing=spacing, offset=offset)):
         from_x0, from_x = schedule.posterior_coefficients(t, s)
         std, log_std = _noise(schedule, t, s, variance)
+        if s < 0 and not (noise_at_end and t > 0):
+            std = 0.0
         x0_from_x, x0_from_out = _x0(schedule, t, prediction)
         table.append(
             Transition(
@@ -198,10 +261,15 @@ def ddim(
     prediction: Prediction = "epsilon",
     clip: float | None = 1.0,
     spacing: Spacing = "leading",
+    offset: int = 0,
+    direction: Literal["clipped", "network"] = "clipped",
+    previous: Literal["next", "stride"] = "next",
+    final: Literal["clean", "first"] = "clean",
 ) -> list[Transition]:
     """Tabulates DDIM sampling.
 
-    ε is derived again from the clipped x_0, so that x_s stays on the path that x_0 implies.
+    ε is derived again from the clipped x_0, so that x_s stays on the path that x_0 implies; or it
+    is the network's own.
 
     Args:
         schedule: The schedule the network was trained with.
@@ -210,6 +278,10 @@ def ddim(
         prediction: As in `ddpm`.
         clip: As in `ddpm`.
         spacing: As in `ddpm`.
+        offset: As in `ddpm`.
+        direction: ε is derived from the `clipped` x_0, or is the `network`'s.
+        previous: x_s lies at the `next` timestep visited, or a `stride` T // steps below t.
+        final: Past the last timestep lies the `clean` image, ᾱ = 1, or what ᾱ_0 says (`first`).
 
     Returns:
         The transitions in sampling order, noisiest first. The last one adds no noise.
@@ -223,12 +295,25 @@ def ddim(
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
     table = []
-    for t, s in _pairs(timesteps(schedule.T, steps, spacing=spacing)):
-        a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
-        sigma = eta * math.sqrt(schedule.posterior_variance(t, s))
+    visited = timesteps(schedule.T, steps, spacing=spacing, offset=offset)
+    for t, following in _pairs(visited):
+        s = max(t - schedule.T // len(visited), -1) if previous == "stride" else following
+        a_t = schedule.alpha_bar_at(t)
+        a_s = schedule.alpha_bar_at(0 if s < 0 and final == "first" else s)
+        variance = (
+            schedule.posterior_variance(t, s)
+            if s >= 0 or final == "clean"
+            else (1.0 - a_s) / (1.0 - a_t) * (1.0 - a_t / a_s)
+        )
+        sigma = eta * math.sqrt(max(variance, 0.0))
         # At eta = 1 rounding makes this -1e-17 on the last step, so it is clamped at 0.
-        direction = math.sqrt(max(1.0 - a_s - sigma**2, 0.0) / (1.0 - a_t))
+        from_eps = math.sqrt(max(1.0 - a_s - sigma**2, 0.0))
         x0_from_x, x0_from_out = _x0(schedule, t, prediction)
+        if direction == "network":
+            eps_from_x0, eps_from_x, eps_from_out = 0.0, *_eps(schedule, t, prediction)
+        else:
+            noise = math.sqrt(1.0 - a_t)
+            eps_from_x0, eps_from_x, eps_from_out = -math.sqrt(a_t) / noise, 1.0 / noise, 0.0
         table.append(
             Transition(
                 t=t,
@@ -236,8 +321,9 @@ def ddim(
                 x0_from_x=x0_from_x,
                 x0_from_out=x0_from_out,
                 clip=clip,
-                x_from_x0=math.sqrt(a_s) - direction * math.sqrt(a_t),
-                x_from_x=direction,
+                x_from_x0=math.sqrt(a_s) + from_eps * eps_from_x0,
+                x_from_x=from_eps * eps_from_x,
+                x_from_out=from_eps * eps_from_out,
                 x_from_noise=sigma,
             )
         )
@@ -279,7 +365,12 @@ def dome272(schedule: Schedule) -> list[Transition]:
 
 
 def denoise(
-    predict: Predictor, table: Table, noise: Callable[[int], Samples], *, x: Samples | None = None
+    predict: Predictor,
+    table: Table,
+    noise: Callable[[int], Samples],
+    *,
+    x: Samples | None = None,
+    before: Samples | None = None,
 ) -> Iterator[Step]:
     """Runs the reverse process, a step at a time: the only loop (Ho et al. 2020, Algorithm 2).
 
@@ -289,6 +380,7 @@ def denoise(
         noise: Draws for a step number, as `SeededNoise` does: 0 for x_T, k for transition k. It is
             not called for transitions that add none.
         x: Start from here instead of `noise(0)`.
+        before: The x_0 of the step before the first of these, where there was one.
 
     Yields:
         A `Step` after each transition. Its arrays are its own; the loop never writes to them again.
@@ -296,11 +388,15 @@ def denoise(
     if x is None:
         x = noise(0)
     for k, row in enumerate(table, start=1):
-        out, v = split_variance(predict(x, np.full(len(x), row.t, dtype=np.int64)), x)
+        out, v = split_variance(predicted(predict, x, row.t, before), x)
         x0 = predicted_x0(row, x, out)
         mean = row.x_from_x0 * x0 + row.x_from_x * x
         if row.x_from_out:
             mean += row.x_from_out * out
+        if row.x_from_before:
+            if before is None:
+                raise ValueError(f"the step at t = {row.t} needs the x_0 of the step before")
+            mean += row.x_from_before * before
         if row.x_from_noise:
             if row.log_std is None:
                 mean += row.x_from_noise * noise(k)
@@ -310,8 +406,28 @@ def denoise(
                 raise ValueError(
                     f"the table needs a learned variance; the network gave {out.shape}"
                 )
-        yield Step(k=k, t=row.t, x_t=x, out=out, x0=x0, x=mean)
-        x = mean
+        yield Step(k=k, t=row.t, x_t=x, out=out, x0=x0, x=mean, before=before)
+        x, before = mean, x0
+
+
+def predicted(predict: Predictor, x: Samples, t: int, before: Samples | None) -> Samples:
+    """Calls a network at one timestep.
+
+    Args:
+        predict: The network with its conditions bound.
+        x: float32, (N, *sample_shape).
+        t: The timestep.
+        before: The last step's x_0, for a network that sees it; zeros when None.
+    """
+    at = np.full(len(x), t, dtype=np.int64)
+    if isinstance(predict, SelfConditioned) and before is not None:
+        return predict.predict(x, at, before)
+    return predict(x, at)
+
+
+def looks_back(predict: Predictor, table: Table) -> bool:
+    """Tells whether a step of a loop needs the x_0 of the step before."""
+    return isinstance(predict, SelfConditioned) or any(row.x_from_before for row in table)
 
 
 def predicted_x0(row: Transition, x: Samples, out: Samples) -> Samples:
@@ -382,6 +498,18 @@ def _x0(schedule: Schedule, t: int, prediction: Prediction) -> tuple[float, floa
             )
 
 
+def _eps(schedule: Schedule, t: int, prediction: Prediction) -> tuple[float, float]:
+    """Returns the factors of x_t and of the output in the network's own ε."""
+    a = schedule.alpha_bar_at(t)
+    match prediction:
+        case "epsilon":
+            return 0.0, 1.0
+        case "sample":
+            return 1.0 / math.sqrt(1.0 - a), -math.sqrt(a / (1.0 - a))
+        case _:  # v = √ᾱ ε - √(1-ᾱ) x_0
+            return math.sqrt(1.0 - a), math.sqrt(a)
+
+
 def _noise(
     schedule: Schedule, t: int, s: int, variance: Variance
 ) -> tuple[float, tuple[float, float] | None]:
@@ -399,7 +527,7 @@ def _noise(
             std, log_std = 1.0, ((high + low) / 4, (high - low) / 4)
         case _:
             raise ValueError(f"variance is {variance!r}; there are {', '.join(get_args(Variance))}")
-    return (std if s >= 0 else 0.0), log_std
+    return std, log_std
 
 
 def log_variance_range(schedule: Schedule, t: int, s: int) -> tuple[float, float]:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ddpm_deploy._version import __version__
+from ddpm_deploy.arrays import Samples
 from ddpm_deploy.errors import SpecError
 from ddpm_deploy.sampling import (
     SAMPLERS,
     Prediction,
     Sampler,
+    Sampling,
     Spacing,
     Transition,
     Variance,
@@ -29,14 +31,15 @@ from ddpm_deploy.sampling import (
 )
 from ddpm_deploy.schedule import Schedule, named_schedule
 
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON form. A reader refuses a later one."""
 
 METADATA_KEY = "ddpm_deploy.spec"
 """Key of the spec in an ONNX file's `metadata_props`."""
 
-Meaning = Literal["class_label", "observation"]
+Meaning = Literal["class_label", "observation", "self_condition"]
 Rounding = Literal["nearest", "truncate"]
+Timestep = Literal["index", "rescaled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,8 @@ class Condition:
 
     Attributes:
         name: Name of the graph input.
-        meaning: `class_label`, or `observation` for a vector of numbers.
+        meaning: `class_label`; `observation`, numbers that the user gives; or `self_condition`, the
+            last step's x_0, which the loop gives.
         dtype: NumPy's name of the dtype: `int64` for labels.
         shape: Shape for one sample, without the batch axis; () for a label.
         classes: Number of classes of a label; None for an observation.
@@ -77,6 +81,39 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Restore:
+    """What a sample's numbers mean, where training normalised them: x · scale + offset.
+
+    Attributes:
+        scale: One number, or one for each index along `axis`.
+        offset: As many.
+        axis: Of the sample's shape.
+    """
+
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+    axis: int = -1
+
+    def __call__(self, x: Samples) -> Samples:
+        """Returns samples in their own units: float32, the shape of x, (N, *sample_shape)."""
+        shape = [1] * x.ndim
+        shape[self.axis if self.axis < 0 else self.axis + 1] = len(self.scale)
+        scale = np.array(self.scale, dtype=np.float32).reshape(shape)
+        offset = np.array(self.offset, dtype=np.float32).reshape(shape)
+        return np.asarray(x * scale + offset, dtype=np.float32)
+
+    def _check(self, sample_shape: tuple[int, ...]) -> None:
+        numbers = (*self.scale, *self.offset)
+        if not (-len(sample_shape) <= self.axis < len(sample_shape)) or not all(
+            map(_number, numbers)
+        ):
+            raise ValueError(f"restore is {self}")
+        length = sample_shape[self.axis]
+        if len(self.scale) != len(self.offset) or len(self.scale) not in {1, length}:
+            raise ValueError(f"restore has {len(self.scale)} scales for {length} values")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Everything that a sampler must know about a network.
 
@@ -90,10 +127,18 @@ class ModelSpec:
         value_range: The values of training data, as (darkest, brightest).
         rounding: How pictures become uint8: to the `nearest` number, or `truncate`.
         first_timestep: The least timestep seen in training: 0, or 1 for dome272's.
-        timestep: What the network does with the index t inside the graph: `index` uses it as it is.
+        timestep: What the network does with the index t inside the graph: `index` uses it as it is,
+            `rescaled` as t · 1000 / T.
         sampler: The family's own loop, the default of `sample`.
+        sampling: How that loop goes.
         conditions: The further inputs, in order.
+        guidance: Scale of the classifier-free guidance inside the graph; None where the loop may
+            guide.
+        restore: What the samples mean: their own numbers are x · scale + offset; None where they
+            are the values themselves, as pictures are.
         family: Where the architecture comes from.
+        network: What its checkpoint does not say of it and the exporter was told, by name.
+        weights: Which of the checkpoint's weights were taken: `ema`, `online`, or empty.
         checkpoint_sha256: Hash of the checkpoint file; empty when there was none.
         tool_version: The ddpm-deploy that wrote this.
     """
@@ -106,10 +151,15 @@ class ModelSpec:
     value_range: tuple[float, float] = (-1.0, 1.0)
     rounding: Rounding = "nearest"
     first_timestep: int = 0
-    timestep: Literal["index"] = "index"
+    timestep: Timestep = "index"
     sampler: Sampler = "ddpm"
+    sampling: Sampling = field(default_factory=Sampling)
     conditions: tuple[Condition, ...] = ()
+    guidance: float | None = None
+    restore: Restore | None = None
     family: str = "unknown"
+    network: Mapping[str, Any] = field(default_factory=dict)
+    weights: Literal["ema", "online", ""] = ""
     checkpoint_sha256: str = ""
     tool_version: str = field(default=__version__)
 
@@ -119,71 +169,114 @@ class ModelSpec:
         return next((c for c in self.conditions if c.meaning == "class_label"), None)
 
     @property
+    def self_condition(self) -> Condition | None:
+        """The input that takes the last step's x_0, None for most networks."""
+        return next((c for c in self.conditions if c.meaning == "self_condition"), None)
+
+    @property
+    def observations(self) -> tuple[Condition, ...]:
+        """The inputs that take numbers from the user."""
+        return tuple(c for c in self.conditions if c.meaning == "observation")
+
+    @property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of one output; twice the channels where the variance is learned."""
         channels, *rest = self.sample_shape
         return (channels * (2 if self.variance in {"learned", "learned_range"} else 1), *rest)
+
+    def loop(
+        self,
+        sampler: Sampler | None = None,
+        steps: int | Sequence[int] | None = None,
+        *,
+        eta: float | None = None,
+        spacing: Spacing | None = None,
+    ) -> tuple[Sampler, Sampling]:
+        """Returns a loop in full: the family's own, but for what is given.
+
+        Args:
+            sampler: `ddpm`, `ddim` or `dome272`; the family's own when None. Another one than the
+                family's goes by the defaults of `Sampling`.
+            steps: Transitions to keep, or the timesteps to visit.
+            eta: Share of noise for `ddim`, 0 to 1.
+            spacing: How `steps` are chosen.
+        """
+        own = self.sampling if sampler in {None, self.sampler} else Sampling()
+        given: dict[str, Any] = {"steps": steps, "eta": eta, "spacing": spacing}
+        if isinstance(steps, Sequence):
+            given["steps"] = tuple(steps)
+        changes = {name: value for name, value in given.items() if value is not None}
+        return sampler or self.sampler, replace(own, **changes)
 
     def table(
         self,
         sampler: Sampler | None = None,
         steps: int | Sequence[int] | None = None,
         *,
-        eta: float = 0.0,
-        spacing: Spacing = "leading",
+        eta: float | None = None,
+        spacing: Spacing | None = None,
     ) -> list[Transition]:
-        """Tabulates a sampler for this network.
+        """Tabulates a sampler for this network: the family's own loop, but for what is given.
 
         Args:
-            sampler: `ddpm`, `ddim` or `dome272`; the family's own when None.
-            steps: Transitions to keep, 1 to T; all when None. Or the timesteps to visit, which for
-                `dome272` is its step between any two: σ² = β between them, without clipping.
+            sampler: As in `loop`.
+            steps: Transitions to keep, 1 to T. Or the timesteps to visit, which for `dome272` is
+                its step between any two: σ² = β between them, without clipping.
             eta: Share of noise for `ddim`, 0 to 1.
             spacing: How `steps` are chosen, see `timesteps`.
 
         Raises:
             ValueError: A setting is outside its range, or the sampler does not have it.
         """
-        sampler = sampler or self.sampler
+        sampler, loop = self.loop(sampler, steps, eta=eta, spacing=spacing)
+        if loop.eta and sampler == "ddpm":
+            raise ValueError("eta belongs to ddim; ddpm's noise is fixed by its variance")
         match sampler:
             case "ddim":
                 return ddim(
                     self.schedule,
-                    steps,
-                    eta=eta,
+                    loop.steps,
+                    eta=loop.eta,
                     prediction=self.prediction,
                     clip=self.clip,
-                    spacing=spacing,
+                    spacing=loop.spacing,
+                    offset=loop.offset,
+                    direction=loop.direction,
+                    previous=loop.previous,
+                    final=loop.final,
                 )
             case "ddpm":
-                if eta:
-                    raise ValueError("eta belongs to ddim; ddpm's noise is fixed by its variance")
                 return ddpm(
                     self.schedule,
-                    steps,
+                    loop.steps,
                     prediction=self.prediction,
                     variance=self.variance,
                     clip=self.clip,
-                    spacing=spacing,
+                    spacing=loop.spacing,
+                    offset=loop.offset,
+                    noise_at_end=loop.noise_at_end,
                 )
             case "dome272":
-                own = self.schedule.T - 1
-                chosen = isinstance(steps, Sequence)
-                if not (chosen or steps in {None, own}) or eta or spacing != "leading":
-                    raise ValueError(
-                        f"the dome272 loop has neither a stride nor eta: {own} steps here; "
-                        "--sampler ddim and ddpm have them"
-                    )
-                if self.prediction != "epsilon" or self.output_shape != self.sample_shape:
-                    raise ValueError(
-                        "the dome272 loop takes networks that predict ε alone; this one gives "
-                        f"{self.prediction} with {self.variance} variance"
-                    )
-                if chosen:
-                    return ddpm(self.schedule, steps, variance="fixed_large", clip=None)
-                return dome272(self.schedule)
+                return self._dome272(loop)
             case _:
                 raise ValueError(f"sampler is {sampler!r}; there are {', '.join(SAMPLERS)}")
+
+    def _dome272(self, loop: Sampling) -> list[Transition]:
+        own = self.schedule.T - 1
+        chosen = isinstance(loop.steps, tuple)
+        if not (chosen or loop.steps in {None, own}) or loop.eta or loop.spacing != "leading":
+            raise ValueError(
+                f"the dome272 loop has neither a stride nor eta: {own} steps here; "
+                "--sampler ddim and ddpm have them"
+            )
+        if self.prediction != "epsilon" or self.output_shape != self.sample_shape:
+            raise ValueError(
+                "the dome272 loop takes networks that predict ε alone; this one gives "
+                f"{self.prediction} with {self.variance} variance"
+            )
+        if chosen:
+            return ddpm(self.schedule, loop.steps, variance="fixed_large", clip=None)
+        return dome272(self.schedule)
 
     def to_json(self) -> str:
         """Returns the spec as one JSON object; floats keep every bit."""
@@ -198,7 +291,15 @@ class ModelSpec:
             schedule["beta"] = self.schedule.beta.tolist()
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         conditions = [{f.name: getattr(c, f.name) for f in fields(c)} for c in self.conditions]
-        return {"format": FORMAT, **plain, "schedule": schedule, "conditions": conditions}
+        return {
+            "format": FORMAT,
+            **plain,
+            "schedule": schedule,
+            "conditions": conditions,
+            "sampling": asdict(self.sampling),
+            "restore": self.restore and asdict(self.restore),
+            "network": dict(self.network),
+        }
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], *, source: str) -> ModelSpec:
@@ -262,6 +363,9 @@ class ModelSpec:
             data["sample_shape"] = tuple(data["sample_shape"])
             low, high = data["value_range"]
             data["value_range"] = (float(low), float(high))
+            data["sampling"] = Sampling(**_tupled(data.get("sampling", {})))
+            if data.get("restore") is not None:
+                data["restore"] = Restore(**_tupled(data["restore"]))
             spec = cls(**data)
             spec._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -294,7 +398,8 @@ class ModelSpec:
             ("prediction", self.prediction, get_args(Prediction)),
             ("variance", self.variance, get_args(Variance)),
             ("rounding", self.rounding, get_args(Rounding)),
-            ("timestep", self.timestep, ("index",)),
+            ("timestep", self.timestep, get_args(Timestep)),
+            ("weights", self.weights, ("ema", "online", "")),
             ("sampler", self.sampler, SAMPLERS),
             *(("a condition's meaning", c.meaning, get_args(Meaning)) for c in self.conditions),
         ]:
@@ -305,12 +410,45 @@ class ModelSpec:
         low, high = self.value_range
         if not (_number(low) and _number(high) and low < high):
             raise ValueError(f"value_range is {self.value_range}")
+        _check_sampling(self.sampling, self.schedule.T)
+        if self.guidance is not None and not _number(self.guidance):
+            raise ValueError(f"guidance is {self.guidance!r}; it must be a number, or None")
+        if self.restore is not None:
+            self.restore._check(self.sample_shape)
+        if not isinstance(self.network, Mapping) or not all(
+            isinstance(name, str) for name in self.network
+        ):
+            raise ValueError(f"network is {self.network!r}")
         taken = {"x", "t"}
         for condition in self.conditions:
             condition._check()
             if condition.name in taken:
                 raise ValueError(f"two inputs are called {condition.name!r}")
             taken.add(condition.name)
+
+
+def _tupled(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+
+
+def _check_sampling(sampling: Sampling, T: int) -> None:  # noqa: N803
+    steps = sampling.steps if isinstance(sampling.steps, tuple) else (sampling.steps,)
+    counts = not isinstance(sampling.steps, tuple)
+    for number in steps:
+        least, most = (1, T) if counts else (0, T - 1)
+        if number is not None and not (_whole(number, least) and number <= most):
+            raise ValueError(f"its loop has the steps {sampling.steps!r}; T is {T}")
+    for name, value, allowed in [
+        ("spacing", sampling.spacing, get_args(Spacing)),
+        ("direction", sampling.direction, ("clipped", "network")),
+        ("previous", sampling.previous, ("next", "stride")),
+        ("final", sampling.final, ("clean", "first")),
+        ("noise_at_end", sampling.noise_at_end, (False, True)),
+    ]:
+        if value not in allowed:
+            raise ValueError(f"the {name} of its loop is {value!r}; there are {allowed}")
+    if not _number(sampling.eta) or not 0 <= sampling.eta <= 1 or not _whole(sampling.offset, 0):
+        raise ValueError(f"its loop is {sampling}")
 
 
 def _whole(value: object, least: int) -> bool:

@@ -1,4 +1,4 @@
-"""The checkpoint whose outputs dome272's own code recorded, made again from its formula.
+"""Checkpoints whose outputs the original projects' own code recorded, made from their formula.
 
 See tests/data/README.md for where the numbers come from.
 """
@@ -9,13 +9,17 @@ import hashlib
 import json
 import math
 import zlib
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 DOME272 = Path(__file__).parent / "data" / "dome272"
+GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 def weights() -> dict[str, NDArray[np.float32]]:
@@ -50,3 +54,62 @@ def _uniform(seed: str, shape: list[int], offset: float, amp: float) -> NDArray[
         z ^= z >> np.uint64(31)
     unit = (z >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0
     return (offset + amp * unit).astype(np.float32).reshape(shape)
+
+
+def make_variant(variant: str, out: Path) -> Path:
+    """Writes the checkpoint files of a variant in tests/data/golden, as its project writes them.
+
+    Args:
+        variant: Its folder, `family/name`.
+        out: Where to.
+    """
+    folder = GOLDEN / variant
+    table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    for file in table["files"]:
+        path = out / file["path"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        match file["kind"]:
+            case "copy":
+                path.write_bytes((folder / file["from"]).read_bytes())
+            case "safetensors":
+                entries = table["tensors"][file["tensors"]]
+                arrays = {entry["key"]: _entry(entry, folder) for entry in entries}
+                save_file(arrays, path, metadata={"format": "pt"})
+            case _:
+                torch.save(_tree(file["tree"], table, folder), path)
+    return out
+
+
+def _tree(node: Any, table: dict[str, Any], folder: Path) -> Any:
+    """Makes an object of its description: JSON, in which `$tensors` and the like stand for data."""
+    if isinstance(node, list):
+        return [_tree(each, table, folder) for each in node]
+    if not isinstance(node, dict):
+        return node
+    if "$tensors" in node:
+        made = OrderedDict(
+            (entry["key"], torch.from_numpy(_entry(entry, folder)))
+            for entry in table["tensors"][node["$tensors"]]
+        )
+        if node.get("parameter"):
+            return OrderedDict((key, torch.nn.Parameter(value)) for key, value in made.items())
+        return made
+    if "$tensor" in node:
+        return torch.from_numpy(_entry(node["$tensor"], folder))
+    if "$intdict" in node:
+        return {int(k): _tree(each, table, folder) for k, each in node["$intdict"].items()}
+    if "$tuple" in node:
+        return tuple(_tree(each, table, folder) for each in node["$tuple"])
+    return {key: _tree(each, table, folder) for key, each in node.items()}
+
+
+def _entry(entry: dict[str, Any], folder: Path) -> NDArray[Any]:
+    if "npz" in entry:
+        with np.load(folder / entry["npz"]) as file:
+            array = np.array(file[entry["name"]])
+    elif "value" in entry:
+        array = np.full(entry["shape"], entry["value"], dtype=entry["dtype"])
+    else:
+        array = _uniform(entry["seed"], entry["shape"], entry["offset"], entry["amp"])
+    assert list(array.shape) == entry["shape"], entry["key"]
+    return np.array(array.astype(entry["dtype"]))

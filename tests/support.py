@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ddpm_deploy import ModelSpec, linear
 from ddpm_deploy.export.fuse_step import fuse_file
 from ddpm_deploy.model import UNet, UNetWidths
-from ddpm_deploy.model.families import label_condition
+from ddpm_deploy.model.family import label_condition
 from ddpm_deploy.spec import METADATA_KEY
 
 TINY_WIDTHS = UNetWidths(

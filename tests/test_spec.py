@@ -92,7 +92,7 @@ def test_a_spec_comes_back_bit_for_bit(spec: ModelSpec) -> None:
 
 def test_json_is_plain_and_says_its_format() -> None:
     data = json.loads(SPEC.to_json())
-    assert data["format"] == FORMAT == 1
+    assert data["format"] == FORMAT == 2
     assert data["schedule"] == {
         "name": "linear",
         "T": 1000,
@@ -136,12 +136,12 @@ def test_betas_that_borrow_a_name_travel_as_they_are() -> None:
 
 
 def test_a_later_format_is_refused_with_a_hint() -> None:
-    text = changed(format=2, tool_version="3.1.0", something_new=[1])
-    with pytest.raises(SpecError, match=r"unet\.onnx has format 2, written by ddpm-deploy 3\.1\.0"):
+    text = changed(format=3, tool_version="3.1.0", something_new=[1])
+    with pytest.raises(SpecError, match=r"unet\.onnx has format 3, written by ddpm-deploy 3\.1\.0"):
         ModelSpec.from_json(text, source="unet.onnx")
     with pytest.raises(SpecError) as caught:
         ModelSpec.from_json(text)
-    assert "reads formats up to 1" in str(caught.value)
+    assert "reads formats up to 2" in str(caught.value)
     assert caught.value.hint == "Update ddpm-deploy here: pip install --upgrade ddpm-deploy"
 
 

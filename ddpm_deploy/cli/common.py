@@ -28,11 +28,13 @@ SamplerName = Annotated[
     str | None, typer.Option(help="ddpm, ddim or dome272; the family's own if left out.")
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Transitions; all of the schedule if left out.")
+    int | None, typer.Option(min=1, help="Transitions; the family's own, or all, if left out.")
 ]
-Eta = Annotated[float, typer.Option(help="Share of noise in ddim, 0 to 1.")]
+Eta = Annotated[
+    float | None, typer.Option(help="Share of noise in ddim, 0 to 1; the family's if left out.")
+]
 SpacingName = Annotated[
-    str, typer.Option(help="How --steps are chosen: leading, linspace or trailing.")
+    str | None, typer.Option(help="How --steps are chosen: leading, linspace or trailing.")
 ]
 Label = Annotated[
     str | None,
@@ -103,8 +105,8 @@ def recipe_of(
     seed: int,
     sampler: str | None,
     steps: int | tuple[int, ...] | None,
-    eta: float,
-    spacing: str,
+    eta: float | None,
+    spacing: str | None,
     label: str | None,
     guidance: float,
 ) -> Recipe:
@@ -130,7 +132,7 @@ def recipe_of(
         sampler=cast("Sampler | None", sampler),
         steps=steps,
         eta=eta,
-        spacing=cast("Spacing", spacing),
+        spacing=cast("Spacing | None", spacing),
         labels=parse_labels(label, spec),
         guidance=guidance,
     )

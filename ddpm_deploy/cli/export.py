@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ddpm_deploy.cli.common import Json, note, print_json, settings
+from ddpm_deploy.cli.describe_checkpoint import parse_settings, parse_size, print_facts
 
 
 def command(
@@ -16,7 +17,7 @@ def command(
         "unet.onnx"
     ),
     image_size: Annotated[
-        int | None, typer.Option(min=8, help="Height and width, where the file does not say.")
+        str | None, typer.Option(help="32, or height x width 16x24, where the file does not say.")
     ] = None,
     schedule: Annotated[
         str | None,
@@ -24,6 +25,14 @@ def command(
     ] = None,
     timesteps: Annotated[
         int | None, typer.Option(min=1, help="T of training, where the file does not say.")
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(help="epsilon, sample or v_prediction, where the file does not say."),
+    ] = None,
+    said: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A fact of the table: --set heads=4. May be repeated."),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="ema or online, where the file has both; ema if left out.")
@@ -36,9 +45,11 @@ def command(
     The file appears under its name only when ONNX Runtime gives what PyTorch
     gives, at several timesteps and batch sizes.
     """
+    from dataclasses import asdict
     from typing import cast
 
     from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.sampling import Prediction
     from ddpm_deploy.schedule import named_schedule
 
     if weights not in {None, "ema", "online"}:
@@ -48,7 +59,7 @@ def command(
     with needs("torch", extra="export"):
         from ddpm_deploy.export.to_onnx import export_network
         from ddpm_deploy.model import load_network
-        from ddpm_deploy.model.checkpoint import Weights
+        from ddpm_deploy.model.family import Weights
     with needs("onnxruntime", extra="cpu"):
         import onnxruntime  # noqa: F401  (the check needs it: say so before the work)
 
@@ -60,15 +71,16 @@ def command(
         )
     loaded = load_network(
         checkpoint,
-        image_size=image_size,
+        image_size=parse_size(image_size),
         schedule=asked,
+        prediction=cast("Prediction | None", prediction),
         weights=cast("Weights | None", weights),
+        settings=parse_settings(said or []),
     )
     spec = loaded.spec
     shape = "x".join(map(str, spec.sample_shape))
-    note(f"{checkpoint}: {spec.family}, {loaded.weights} weights, {shape}")
-    for line in loaded.assumed:
-        note(f"  assumed, since the file does not say: {line}")
+    note(f"{checkpoint}: {spec.family}, {spec.weights} weights, {shape}")
+    print_facts(loaded.facts)
     with settings("See: ddpm-deploy export --help"):
         exported = export_network(loaded.network, spec, output, opset=opset)
     worst = max(d.relative for d in exported.deviations)
@@ -87,8 +99,8 @@ def command(
                 "bytes": exported.bytes,
                 "seconds": exported.seconds,
                 "largest_deviation": worst,
-                "weights": loaded.weights,
-                "assumed": list(loaded.assumed),
+                "weights": spec.weights,
+                "facts": [asdict(fact) for fact in loaded.facts],
                 "spec": spec.to_dict(),
             }
         )

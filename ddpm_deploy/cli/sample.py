@@ -39,8 +39,8 @@ def command(
     ),
     sampler: SamplerName = None,
     steps: Steps = None,
-    eta: Eta = 0.0,
-    spacing: SpacingName = "leading",
+    eta: Eta = None,
+    spacing: SpacingName = None,
     seed: Seed = 0,
     start: Annotated[int, typer.Option(min=0, help="Index of the first image, for shards.")] = 0,
     batch: Annotated[

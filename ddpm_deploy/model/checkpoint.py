@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import pickletools
-import re
-import warnings
-import zipfile
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_deploy.errors import CheckpointError, MissingDependencyError
+from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.files import sha256
-from ddpm_deploy.model.families import Family, detect
+from ddpm_deploy.model.facts import Fact, Facts, Said
+from ddpm_deploy.model.families import FAMILIES, detect
+from ddpm_deploy.model.family import Family, Opened, Reading, State, Weights
+from ddpm_deploy.model.opening import read_content
+from ddpm_deploy.sampling import Prediction
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.spec import ModelSpec
-
-Weights = Literal["ema", "online"]
 
 OWN_FAMILY = "ddpm-deploy"
 """Family of checkpoints that `ddpm-deploy train` wrote: dome272's network with a spec."""
@@ -30,8 +27,6 @@ _WRAPPERS: Mapping[Weights, tuple[str, ...]] = {
     "ema": ("ema", "ema_model"),
     "online": ("model", "model_state_dict", "state_dict", "unet", "net", "net_model"),
 }
-_FOLDER = 0x10
-"""The attribute by which the zip library in torch takes a record for a folder."""
 _PREFIXES = ("module.", "_orig_mod.", "model.", "unet.", "ema_model.")
 
 
@@ -42,205 +37,148 @@ class LoadedNetwork:
     Attributes:
         network: In evaluation mode, on the CPU, float32; called with (x, t, *conditions).
         spec: What it is.
-        weights: Which weights were taken, where the file holds both.
-        assumed: What the file does not say and the family's defaults filled in, a line each.
+        facts: Every hyper-parameter, with where it is from.
     """
 
     network: nn.Module
     spec: ModelSpec
-    weights: Weights
-    assumed: tuple[str, ...] = ()
+    facts: tuple[Fact, ...] = ()
+
+    @property
+    def assumed(self) -> tuple[Fact, ...]:
+        """What no file says and the family's defaults filled in."""
+        return tuple(fact for fact in self.facts if fact.source == "assumed")
 
 
 def load_network(
     path: str | Path,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, ...] | None = None,
     schedule: Schedule | None = None,
+    prediction: Prediction | None = None,
     weights: Weights | None = None,
+    settings: Mapping[str, Any] | None = None,
     spec: ModelSpec | None = None,
 ) -> LoadedNetwork:
     """Loads a checkpoint as the network it is.
 
     Args:
-        path: A `.pt`, `.pth` or `.ckpt` file, or `.safetensors`.
-        image_size: Height and width, which no state dict says; the family's default when None.
-        schedule: The schedule of training, which no state dict says; as `image_size`.
+        path: A `.pt`, `.pth`, `.ckpt` or `.bin` file, `.safetensors`, or a family's folder.
+        image_size: Side or (height, width), or a sequence's length, which no state dict says; the
+            file's or the family's own when None.
+        schedule: The schedule of training; as `image_size`.
+        prediction: What the network gives; as `image_size`.
         weights: `ema` or `online`; EMA where the file has it, when None.
-        spec: What the network is, for files that do not say; the family's defaults when None.
+        settings: What else the file does not say, by the names in `LoadedNetwork.facts`.
+        spec: What the network is, for files that do not say: that of an engine made from it.
 
     Raises:
         CheckpointError: The file is missing, damaged, no network, needs code to be read, or holds
-            numbers that are not finite; or it lacks the weights that were asked for.
+            numbers that are not finite; or it lacks the weights that were asked for; or it does not
+            say what only the user knows.
         MissingDependencyError: `.safetensors` needs the package of that name.
         SpecError: The spec in a checkpoint of ours is damaged or of a later version.
     """
     path = Path(path)
-    content = read_content(path)
-    raw, taken = _unwrap(content, path, weights)
-    state = _strip(raw)
-    family = detect(state, source=str(path))
-    network = _build(family, state, path)
-    own = _own_spec(content, path)
-    assumed: tuple[str, ...] = ()
+    opened = open_checkpoint(path, weights)
+    if spec and weights is None and spec.weights in set(opened.choices) - {opened.weights}:
+        opened = open_checkpoint(path, cast("Weights", spec.weights))
+    family = detect(opened.state, source=str(path))
+    own = _own_spec(opened.content, path)
+    said = Said(
+        image_size=(image_size,) if isinstance(image_size, int) else image_size,
+        schedule=schedule,
+        prediction=prediction,
+        settings=dict(settings or {}),
+    )
+    known = own or spec
     if own is not None:
-        if image_size is not None and own.sample_shape[1:] != (image_size, image_size):
-            raise CheckpointError(
-                f"{path} was trained at {'x'.join(map(str, own.sample_shape[1:]))}, "
-                f"not at --image-size {image_size}.",
-                hint="Leave --image-size out.",
-            )
-        if schedule is not None and own.schedule != schedule:
-            raise CheckpointError(
-                f"{path} was trained with the schedule {own.schedule}, not with {schedule}.",
-                hint="Leave the schedule's options out.",
-            )
-        _check_fit(own, family.spec(state, None), path, "the spec in it")
-        spec = own
-    elif spec is None:
-        spec = family.spec(state, image_size)
-        assumed = _assumed(spec, image_size, schedule)
-        if schedule is not None:
-            if spec.first_timestep >= schedule.T:
-                raise CheckpointError(
-                    f"The schedule has {schedule.T} timestep(s); networks of {family.name} are "
-                    f"trained from t = {spec.first_timestep} on.",
-                    hint="Type the T of training: --timesteps 1000",
-                )
-            spec = spec.with_changes(schedule=schedule)
-    else:
-        _check_fit(spec, family.spec(state, None), path, "the engine beside it")
-    spec = spec.with_changes(checkpoint_sha256=sha256(path))
-    return LoadedNetwork(network=network, spec=spec, weights=taken, assumed=assumed)
+        _check_said(own, said, path)
+    if known is not None:
+        said = Said(
+            image_size=known.sample_shape[1:],
+            schedule=known.schedule,
+            prediction=known.prediction,
+            settings={**known.network, **said.settings},
+        )
+    facts = Facts(said, source=str(path))
+    reading = _read(family, opened, facts)
+    found = reading.spec
+    if known is not None:
+        _check_fit(known, found, path, "the spec in it" if own else "the engine beside it")
+        found = known
+    found = found.with_changes(
+        checkpoint_sha256=sha256(*opened.files),
+        weights=opened.weights,
+        network={fact.name: fact.value for fact in facts.all if fact.option.startswith("--set")},
+    )
+    shown = () if own else facts.all
+    return LoadedNetwork(
+        network=_load(family, reading, opened), spec=found, facts=(_taken(opened), *shown)
+    )
 
 
-def read_content(path: Path) -> Any:
-    """Reads a checkpoint file's content without running any code that is in it.
+def open_checkpoint(path: Path, weights: Weights | None = None) -> Opened:
+    """Reads a checkpoint and takes its weights out of their wrapping.
+
+    Args:
+        path: A file, or a family's folder.
+        weights: `ema` or `online`; EMA where it is there, when None.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or needs code to be read.
-        MissingDependencyError: `.safetensors` needs the package of that name.
+        CheckpointError: It is missing, damaged, no network, or lacks those weights.
+        MissingDependencyError: As from `load_network`.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(
-            f"{path} {what}; a checkpoint is a file.", hint="Check the path: ls " + str(path.parent)
-        )
-    if path.stat().st_size == 0:
-        raise _damaged(path, "it is empty")
-    if path.suffix in {".onnx", ".plan"}:
-        raise CheckpointError(
-            f"{path} is an engine already; a checkpoint is what training saved.",
-            hint=f"Build it or draw with it: ddpm-deploy sample --engine {path}",
-        )
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    _check_archive(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks about the pickle's version
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        if asked := _global_in(str(error)) or _global_of(path):
-            raise CheckpointError(
-                f"{path} is a pickle that runs code when it is read: it asks for {asked}. "
-                "ddpm-deploy reads tensors only, since such a file can do anything to this "
-                "machine.",
-                hint="Where the file was made, save the weights alone: "
-                "torch.save(model.state_dict(), 'ckpt.pt')",
-            ) from error
-        raise _damaged(path, _reason(path, error)) from error
+    if path.is_dir():
+        for family in FAMILIES:
+            if family.open_folder and (opened := family.open_folder(path, weights)):
+                return opened
+    content = read_content(path)
+    for family in FAMILIES:
+        if family.unwrap and (opened := family.unwrap(content, path, weights)):
+            return opened if opened.files else replace(opened, files=(path,))
+    raw, taken, choices = _unwrap(content, path, weights)
+    return Opened(
+        path=path,
+        state=strip_prefixes(raw),
+        weights=taken,
+        choices=choices,
+        content=content,
+        files=(path,),
+    )
 
 
-def _open_safetensors(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"safetensors is needed here to read {path}, and is not installed ({error}).",
-            hint="pip install 'ddpm-deploy[export]'",
-        ) from error
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise _damaged(path, str(error)) from error
+def choose_weights(found: Mapping[Weights, Any], path: Path, weights: Weights | None) -> Weights:
+    """Returns which weights of a checkpoint to take: those asked for, or EMA where it is there.
 
+    Args:
+        found: What there is, at least one.
+        path: The checkpoint, for errors.
+        weights: What is asked for.
 
-def _check_archive(path: Path) -> None:
-    """Compares every record of a zip checkpoint with its checksum, which torch does not."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return  # torch's form before 1.6 has no sums
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            bad = archive.testzip()
-    except Exception as error:  # zipfile raises nearly anything on a damaged archive
-        raise _damaged(path, str(error)) from error
-    if bad is not None:
-        raise _damaged(path, f"the checksum of its record {bad} does not match")
-    if folders := [r.filename for r in records if r.is_dir() or r.external_attr & _FOLDER]:
-        # torch reads nothing for a folder, and hands out memory as it finds it.
-        raise _damaged(path, f"its record {folders[0]} is marked as a folder")
-    if any(record.filename.endswith("/constants.pkl") for record in records):
-        raise CheckpointError(
-            f"{path} is a TorchScript archive: a program, not the weights alone.",
-            hint="Save its weights: torch.save(torch.jit.load(FILE).state_dict(), 'ckpt.pt')",
-        )
-
-
-def _global_in(message: str) -> str:
-    """Picks what a pickle wanted to import out of torch's message; empty if it says nothing."""
-    found = re.search(r"GLOBAL ([\w.]+)", message)
-    return found[1] if found else ""
-
-
-def _global_of(path: Path) -> str:
-    """Returns what a pickle would import besides torch's own, without running it.
-
-    torch's reader stops at the first opcode of a newer protocol, before it comes to the import.
+    Raises:
+        CheckpointError: They are not there.
     """
-    strings = deque[str](maxlen=2)
-    try:
-        for opcode, argument, _ in pickletools.genops(_pickle_in(path)):
-            name = ""
-            if opcode.name in {"GLOBAL", "INST"}:
-                name = str(argument).replace(" ", ".")
-            elif opcode.name == "STACK_GLOBAL":
-                name = ".".join(strings)
-            elif isinstance(argument, str):
-                strings.append(argument)
-            if name and not name.startswith(("torch.", "collections.")):
-                return name
-    except Exception:  # noqa: BLE001  (no pickle, or a damaged one)
-        return ""
-    return ""
+    taken: Weights = weights or ("ema" if "ema" in found else "online")
+    if taken not in found:
+        raise CheckpointError(
+            f"{path} holds no {taken} weights; it has {', '.join(found)}.",
+            hint=f"Type --weights {next(iter(found))}, or leave it out.",
+        )
+    return taken
 
 
-def _pickle_in(path: Path) -> bytes:
-    if not zipfile.is_zipfile(path):
-        return path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        return archive.read(name)
+def strip_prefixes(raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the tensors of a dictionary without the prefixes that all their names share."""
+    state = {k: v.detach() for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """Says what is wrong with a file that torch cannot read, in words of ours.
-
-    Torch's own text advises to load the file with `weights_only=False`, which runs its code.
-    """
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start == b"PK" and not zipfile.is_zipfile(path):
-        return "it begins as an archive whose end is missing"
-    if start[:1] != b"\x80" and start != b"PK":
-        return "it is neither an archive nor a pickle"
-    line = next(iter(str(error).splitlines()), "")
-    return "its pickle cannot be read" if not line or "weights_only" in line else line
-
-
-def _unwrap(content: Any, path: Path, weights: Weights | None) -> tuple[Mapping[str, Any], Weights]:
+def _unwrap(
+    content: Any, path: Path, weights: Weights | None
+) -> tuple[Mapping[str, Any], Weights, tuple[Weights, ...]]:
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, not a dictionary of tensors.",
@@ -271,24 +209,43 @@ def _unwrap(content: Any, path: Path, weights: Weights | None) -> tuple[Mapping[
                 f"{path} holds one set of weights and does not say that it is the EMA's.",
                 hint="Leave --weights out, or give the EMA's own file (ema_ckpt.pt).",
             )
-        return content, "ema" if path.name.startswith("ema") else "online"
-    taken: Weights = weights or ("ema" if "ema" in found else "online")
-    if taken not in found:
-        raise CheckpointError(
-            f"{path} holds no {taken} weights; it has {', '.join(found)}.",
-            hint=f"Type --weights {next(iter(found))}, or leave it out.",
-        )
-    return found[taken], taken
+        only: Weights = "ema" if path.name.startswith("ema") else "online"
+        return content, only, (only,)
+    taken = choose_weights(found, path, weights)
+    return found[taken], taken, tuple(found)
 
 
-def _strip(raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = {k: v.detach() for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
+def _read(family: Family, opened: Opened, facts: Facts) -> Reading:
+    try:
+        reading = family.read(opened, facts)
+    except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise _unfit(family, opened, error) from error
+    facts.done()
+    return reading
 
 
-def _build(family: Family, state: Mapping[str, Tensor], path: Path) -> nn.Module:
+def _load(family: Family, reading: Reading, opened: Opened) -> nn.Module:
+    """Loads the weights strictly, once they are known to be finite numbers."""
+    state = opened.state if reading.state is None else reading.state
+    _check_numbers(state, opened.path)
+    network = reading.network
+    try:
+        network.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise _unfit(family, opened, error) from error
+    return network.eval().requires_grad_(False)
+
+
+def _unfit(family: Family, opened: Opened, error: Exception) -> CheckpointError:
+    what = " ".join(str(error).split())
+    return CheckpointError(
+        f"{opened.path} looks like {family.name} but its weights do not fit that network: "
+        f"{what[:400]}",
+        hint="Is it a fork that changed the architecture? See docs/checkpoints.md",
+    )
+
+
+def _check_numbers(state: State, path: Path) -> None:
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise CheckpointError(
@@ -301,16 +258,36 @@ def _build(family: Family, state: Mapping[str, Tensor], path: Path) -> nn.Module
                 f"{path} has numbers that are not finite: {wrong} of {tensor.numel()} in {name}.",
                 hint="Training diverged before this was saved; take an earlier checkpoint.",
             )
-    try:
-        network = family.build(state)
-        network.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-    except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        what = " ".join(str(error).split())
+
+
+def _taken(opened: Opened) -> Fact:
+    choices = ", ".join(opened.choices)
+    if len(opened.choices) > 1:
+        return Fact(
+            name="weights",
+            value=f"{opened.weights} (of {choices})",
+            source="weights",
+            option="--weights",
+        )
+    return Fact(name="weights", value=opened.weights, source="weights")
+
+
+def _check_said(own: ModelSpec, said: Said, path: Path) -> None:
+    """Refuses what contradicts a checkpoint that says what it is."""
+    size = own.sample_shape[1:]
+    if said.image_size is not None and said.image_size not in {size, size[:1]}:
         raise CheckpointError(
-            f"{path} looks like {family.name} but its weights do not fit that network: {what}",
-            hint="Is it a fork that changed the architecture? See docs/checkpoints.md",
-        ) from error
-    return network.eval().requires_grad_(False)
+            f"{path} was trained at {'x'.join(map(str, size))}, "
+            f"not at --image-size {'x'.join(map(str, said.image_size))}.",
+            hint="Leave --image-size out.",
+        )
+    for name in ("schedule", "prediction"):
+        value = getattr(said, name)
+        if value is not None and value != getattr(own, name):
+            raise CheckpointError(
+                f"{path} was trained with the {name} {getattr(own, name)}, not with {value}.",
+                hint=f"Leave the {name}'s options out.",
+            )
 
 
 def _check_fit(spec: ModelSpec, shown: ModelSpec, path: Path, origin: str) -> None:
@@ -334,21 +311,5 @@ def _own_spec(content: Any, path: Path) -> ModelSpec | None:
     return ModelSpec.from_json(str(text), source=str(path))
 
 
-def _assumed(spec: ModelSpec, image_size: int | None, schedule: Schedule | None) -> tuple[str, ...]:
-    size = "x".join(map(str, spec.sample_shape[1:]))
-    return (
-        *(() if image_size else (f"image size {size} (--image-size)",)),
-        *(() if schedule else (f"schedule {spec.schedule} (--schedule, --timesteps)",)),
-        f"prediction {spec.prediction}",
-    )
-
-
 def _tensors(mapping: Mapping[str, Any]) -> bool:
     return any(isinstance(k, str) and isinstance(v, Tensor) for k, v in mapping.items())
-
-
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is damaged, or is no checkpoint: {what}.",
-        hint="Copy it again from where it was trained, and compare: sha256sum " + str(path),
-    )

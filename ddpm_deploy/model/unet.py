@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (torch's own convention)
 
 HEADS = 4
-"""Attention heads everywhere; no file says so."""
+"""Attention heads everywhere in the original; no file says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +93,7 @@ class UNet(nn.Module):
         classes: Number of classes; 0 makes an unconditional network.
         widths: Channels of each block; the original's when left out.
         out_channels: Of the output; `channels` when None.
+        heads: Of every attention.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class UNet(nn.Module):
         classes: int = 0,
         widths: UNetWidths | None = None,
         out_channels: int | None = None,
+        heads: int = HEADS,
     ) -> None:
         super().__init__()
         w = self.widths = widths or UNetWidths()
@@ -109,11 +111,11 @@ class UNet(nn.Module):
         self.classes = classes
         self.inc = _DoubleConv(channels, w.inc)
         self.down1 = _Down(w.inc, w.down[0], w.time)
-        self.sa1 = _SelfAttention(w.down[0])
+        self.sa1 = _SelfAttention(w.down[0], heads)
         self.down2 = _Down(w.down[0], w.down[1], w.time)
-        self.sa2 = _SelfAttention(w.down[1])
+        self.sa2 = _SelfAttention(w.down[1], heads)
         self.down3 = _Down(w.down[1], w.down[2], w.time)
-        self.sa3 = _SelfAttention(w.down[2])
+        self.sa3 = _SelfAttention(w.down[2], heads)
         names = ("bot1", "bot2", "bot3") if len(w.bottom) == 3 else ("bot1", "bot3")
         self._bottom = names
         before = w.down[2]
@@ -121,11 +123,11 @@ class UNet(nn.Module):
             setattr(self, name, _DoubleConv(before, width))
             before = width
         self.up1 = _Up(before + w.down[1], w.up[0], w.up_middle[0], w.time)
-        self.sa4 = _SelfAttention(w.up[0])
+        self.sa4 = _SelfAttention(w.up[0], heads)
         self.up2 = _Up(w.up[0] + w.down[0], w.up[1], w.up_middle[1], w.time)
-        self.sa5 = _SelfAttention(w.up[1])
+        self.sa5 = _SelfAttention(w.up[1], heads)
         self.up3 = _Up(w.up[1] + w.inc, w.up[2], w.up_middle[2], w.time)
-        self.sa6 = _SelfAttention(w.up[2])
+        self.sa6 = _SelfAttention(w.up[2], heads)
         self.outc = nn.Conv2d(w.up[2], out_channels or channels, kernel_size=1)
         if classes:
             self.label_emb = nn.Embedding(classes, w.time)
@@ -224,9 +226,9 @@ class _Up(_Embedded):
 
 
 class _SelfAttention(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        self.mha = _Attention(channels)
+        self.mha = _Attention(channels, heads)
         self.ln = nn.LayerNorm([channels])
         self.ff_self = nn.Sequential(
             nn.LayerNorm([channels]),
@@ -249,10 +251,11 @@ class _Attention(nn.Module):
     It never holds the (HW)² matrix: that is 268 MB an image at 64x64, most of the step.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        if channels % HEADS:
-            raise ValueError(f"{channels} channels do not split into {HEADS} heads")
+        if channels % heads:
+            raise ValueError(f"{channels} channels do not split into {heads} heads")
+        self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
         self.out_proj = nn.Linear(channels, channels)
@@ -262,7 +265,7 @@ class _Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         projected = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (
-            part.reshape(*part.shape[:2], HEADS, -1).transpose(1, 2)
+            part.reshape(*part.shape[:2], self.heads, -1).transpose(1, 2)
             for part in projected.chunk(3, dim=-1)
         )
         attended = F.scaled_dot_product_attention(q, k, v)

@@ -26,7 +26,7 @@ from ddpm_deploy._version import __version__
 from ddpm_deploy.errors import CheckpointError, RunError, TrainError
 from ddpm_deploy.files import whole_file, write_text
 from ddpm_deploy.images import grid, to_pixels, write_png
-from ddpm_deploy.model.checkpoint import read_content
+from ddpm_deploy.model.opening import read_content
 from ddpm_deploy.train.settings import Settings
 from ddpm_deploy.train.trainer import FORMAT, Trainer, TrainStep
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ddpm_deploy.errors import TrainError
 from ddpm_deploy.model.checkpoint import OWN_FAMILY
-from ddpm_deploy.model.families import label_condition
+from ddpm_deploy.model.family import label_condition
 from ddpm_deploy.model.unet import UNetWidths
 from ddpm_deploy.sampling import Variance
 from ddpm_deploy.schedule import SCHEDULES, named_schedule

@@ -468,13 +468,12 @@ class Verifier:
             case Loop() as reference, Loop() as engine:
                 yield from _both(reference, engine, len(self))
             case Trace() as trace, Loop() as engine:
-                x = engine.start()
+                given = None
                 for k in range(1, max(self._compared, default=0) + 1):
-                    given = engine.step(k, x)
-                    x = given.x
+                    given = _next(engine, k, given)
                     if k in trace.steps:
                         wanted = trace.steps[k]
-                        local = _again(engine, given, wanted.x_t)
+                        local = _again(engine, given, wanted)
                         yield Pair(
                             k=k, wanted=wanted, given=given, local_wanted=wanted, local_given=local
                         )
@@ -484,14 +483,13 @@ class Verifier:
                         )
                         return
             case Loop() as reference, Trace() as trace:
-                x = reference.start()
+                free = None
                 for k in range(1, max(self._compared, default=0) + 1):
-                    wanted = reference.step(k, x)
-                    x = wanted.x
+                    free = wanted = _next(reference, k, free)
                     if k in trace.steps:
                         given = trace.steps[k]
                         sound = np.isfinite(given.x_t).all()
-                        local = _again(reference, wanted, given.x_t) if sound else wanted
+                        local = _again(reference, wanted, given) if sound else wanted
                         # Nothing local can be told where x_t is beyond what the reference bears.
                         local = local if local.finite else wanted
                         yield Pair(
@@ -562,17 +560,30 @@ def check_origin(trace: Trace, other: Side) -> None:
 
 
 def _both(reference: Loop, engine: Loop, count: int) -> Iterator[Pair]:
-    x, free = reference.start(), engine.start()
+    wanted, given = None, None
     for k in range(1, count + 1):
-        wanted, given = reference.step(k, x), engine.step(k, free)
-        local = _again(engine, given, wanted.x_t)
+        wanted, given = _next(reference, k, wanted), _next(engine, k, given)
+        local = _again(engine, given, wanted)
         yield Pair(k=k, wanted=wanted, given=given, local_wanted=wanted, local_given=local)
-        x, free = wanted.x, given.x
 
 
-def _again(loop: Loop, step: Step, x: Samples) -> Step:
-    """Returns a loop's step from x, which is `step` where that began there."""
-    return step if np.array_equal(step.x_t, x) else loop.step(step.k, x)
+def _next(loop: Loop, k: int, last: Step | None) -> Step:
+    """Returns a loop's step after `last`, its first one where that is None."""
+    if last is None:
+        return loop.step(k, loop.start())
+    return loop.step(k, last.x, last.x0) if loop.looks_back else loop.step(k, last.x)
+
+
+def _again(loop: Loop, step: Step, other: Step) -> Step:
+    """Returns a loop's step from another's state, which is `step` where that began there."""
+    alike = np.array_equal(step.x_t, other.x_t)
+    if not loop.looks_back:
+        return step if alike else loop.step(step.k, other.x_t)
+    if step.before is None or other.before is None:
+        return step if alike else loop.step(step.k, other.x_t)
+    if alike and np.array_equal(step.before, other.before):
+        return step
+    return loop.step(step.k, other.x_t, other.before)
 
 
 def _where(pair: Pair) -> NotFinite:

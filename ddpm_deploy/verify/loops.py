@@ -21,6 +21,7 @@ from ddpm_deploy.sampling import (
     Step,
     Table,
     denoise,
+    looks_back,
     predicted_x0,
     split_variance,
 )
@@ -46,10 +47,22 @@ class Loop:
         """Draws x_T."""
         return self.noise(0)
 
-    def step(self, k: int, x: Samples) -> Step:
-        """Does transition k, 1 being the noisiest, from x: float32, (N, *sample_shape)."""
-        rows = denoise(self.predict, [self.table[k - 1]], lambda _: self.noise(k), x=x)
-        return replace(next(rows), k=k)
+    @property
+    def looks_back(self) -> bool:
+        """Tells whether a step needs the x_0 of the step before."""
+        return looks_back(self.predict, self.table)
+
+    def step(self, k: int, x: Samples, before: Samples | None = None) -> Step:
+        """Does transition k.
+
+        Args:
+            k: 1 being the noisiest.
+            x: float32, (N, *sample_shape): x_t.
+            before: The x_0 of the step before, likewise, for a loop that looks back.
+        """
+        row = [self.table[k - 1]]
+        steps = denoise(self.predict, row, lambda _: self.noise(k), x=x, before=before)
+        return replace(next(steps), k=k)
 
     def close(self) -> None:
         """Gives back what the runtime keeps; another step takes it again."""
@@ -78,7 +91,7 @@ class FusedLoop(Loop):
         self._engine, self._conditions = engine, conditions
         self._stepper: Stepper | None = None
 
-    def step(self, k: int, x: Samples) -> Step:
+    def step(self, k: int, x: Samples, before: Samples | None = None) -> Step:  # noqa: ARG002
         """Does transition k in the runtime; out and x_0 come from a call of the network."""
         row = self.table[k - 1]
         out, _ = split_variance(self.predict(x, np.full(len(x), row.t, dtype=np.int64)), x)

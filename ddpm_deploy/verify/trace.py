@@ -183,11 +183,11 @@ def _copied(step: Step, shape: tuple[int, ...]) -> Step:
 
 def loop_steps(loop: Loop) -> Iterable[Step]:
     """Yields the steps of a loop that runs free, from its own x_T."""
-    x = loop.start()
+    x, before = loop.start(), None
     for k in range(1, len(loop.table) + 1):
-        step = loop.step(k, x)
+        step = loop.step(k, x, before) if loop.looks_back else loop.step(k, x)
         yield step
-        x = step.x
+        x, before = step.x, step.x0
 
 
 def write_trace(path: Path, trace: Trace) -> None:
@@ -367,7 +367,9 @@ def _recipe(data: Mapping[str, Any]) -> Recipe:
     steps = recipe.steps if isinstance(recipe.steps, tuple) else (recipe.steps or 1,)
     whole = (recipe.seed, *steps, *(recipe.labels or ()))
     sound = all(_whole(number) for number in whole)
-    if not sound or not all(math.isfinite(number) for number in (recipe.eta, recipe.guidance)):
+    if not sound or not all(
+        math.isfinite(number) for number in (recipe.eta or 0.0, recipe.guidance)
+    ):
         raise ValueError(f"its recipe is {dict(data)}")
     return recipe
 

@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_deploy import ModelSpec, images, linear
 from ddpm_deploy.cli.common import parse_labels
 from ddpm_deploy.export.fuse_step import fuse_file
-from ddpm_deploy.model.families import label_condition
+from ddpm_deploy.model.family import label_condition
 from tests.commands import Outcome, contents, finish, refusal, run, start
 from tests.support import tiny_spec, write_graph
 

@@ -245,7 +245,7 @@ def test_the_averaged_weights_are_taken_where_a_file_has_both(tmp_path: Path) ->
     torch.save({"model": online.state_dict(), "ema": ema.state_dict(), "step": 5}, path)
     for wanted, network in [(None, ema), ("ema", ema), ("online", online)]:
         loaded = load_network(path, weights=wanted)  # type: ignore[arg-type]
-        assert loaded.weights == (wanted or "ema")
+        assert loaded.spec.weights == (wanted or "ema")
         assert torch.equal(loaded.network.state_dict()["outc.weight"], network.outc.weight)
 
 
@@ -256,7 +256,7 @@ def test_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
     assert str(error) == f"{path} holds no ema weights; it has online."
     write_state_dict(path)
     assert "does not say that it is the EMA's" in str(refused(path, weights="ema"))
-    assert load_network(write_state_dict(tmp_path / "ema_ckpt.pt")).weights == "ema"
+    assert load_network(write_state_dict(tmp_path / "ema_ckpt.pt")).spec.weights == "ema"
 
 
 def test_safetensors_hold_the_same_network(tmp_path: Path) -> None:
@@ -282,14 +282,19 @@ def test_safetensors_that_are_not_installed_are_asked_for(
 
 def test_what_the_file_does_not_say_is_reported_as_assumed(tmp_path: Path) -> None:
     loaded = load_network(write_state_dict(tmp_path / "ckpt.pt"))
-    assert loaded.assumed == (
-        "image size 64x64 (--image-size)",
-        "schedule linear (start 0.0001, end 0.02), T = 1000 (--schedule, --timesteps)",
-        "prediction epsilon",
-    )
+    assert [(fact.name, fact.value, fact.option) for fact in loaded.assumed] == [
+        ("heads", 4, "--set heads=..."),
+        ("image size", "64x64", "--image-size"),
+        (
+            "schedule",
+            "linear (start 0.0001, end 0.02), T = 1000",
+            "--schedule, --timesteps",
+        ),
+        ("prediction", "epsilon", "--prediction"),
+    ]
     sized = load_network(tmp_path / "ckpt.pt", image_size=32)
     assert sized.spec.sample_shape == (3, 32, 32)
-    assert "image size" not in sized.assumed[0]
+    assert "image size" not in [fact.name for fact in sized.assumed]
     assert load_network(write_checkpoint(tmp_path / "own.pt")).assumed == ()
 
 

@@ -50,7 +50,7 @@ def test_attention_is_torch_s_multi_head_attention() -> None:
     peer = nn.MultiheadAttention(16, 4, batch_first=True).eval()
     nn.init.normal_(peer.in_proj_bias)
     nn.init.normal_(peer.out_proj.bias)
-    ours = _Attention(16).eval()
+    ours = _Attention(16, 4).eval()
     ours.load_state_dict(peer.state_dict(), strict=True)
     tokens = torch.randn(3, 25, 16)
     with torch.inference_mode():

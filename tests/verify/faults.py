@@ -90,8 +90,8 @@ class HalfState(Loop):
 
     rounding: Callable[[Samples], Samples]
 
-    def step(self, k: int, x: Samples) -> Step:
-        step = super().step(k, x)
+    def step(self, k: int, x: Samples, before: Samples | None = None) -> Step:
+        step = super().step(k, x, before)
         return replace(step, x=self.rounding(step.x))
 
 

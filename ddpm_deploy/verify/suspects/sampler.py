@@ -229,11 +229,12 @@ def _etas(evidence: Evidence) -> Iterator[Suspect]:
     recipe = evidence.recipe
     if recipe.sampler != "ddim":
         return
-    for eta in sorted({0.0, 0.25, 0.5, 0.75, 1.0, _fitted_eta(evidence)} - {recipe.eta}):
+    given = recipe.loop(evidence.spec)[1].eta
+    for eta in sorted({0.0, 0.25, 0.5, 0.75, 1.0, _fitted_eta(evidence)} - {given}):
         yield Suspect(
             name="wrong-eta",
-            says=f"has eta {eta:g}; the reference has {recipe.eta:g}",
-            mend=f"Set eta to {recipe.eta:g}.",
+            says=f"has eta {eta:g}; the reference has {given:g}",
+            mend=f"Set eta to {given:g}.",
             rows=_table(evidence.spec, replace(recipe, eta=eta)),
         )
 

@@ -1,0 +1,71 @@
+"""What a user says of a checkpoint, and what was found out about it, as a table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from ddpm_deploy.model.facts import Fact
+
+
+def parse_size(text: str | None) -> tuple[int, ...] | None:
+    """Reads `--image-size`: a side, `height x width`, or a sequence's length."""
+    if text is None:
+        return None
+    parts = text.lower().replace(",", "x").split("x")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts) or len(parts) > 2:
+        raise typer.BadParameter(
+            f"{text!r} is neither a side, such as 32, nor height x width, such as 16x24",
+            param_hint="--image-size",
+        )
+    return tuple(int(part) for part in parts)
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, str]:
+    """Reads the `--set NAME=VALUE`s."""
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--set")
+        settings[name.strip().replace("-", "_")] = value.strip()
+    return settings
+
+
+def facts_rows(facts: Sequence[Fact]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields name, value, source, and what to type to say otherwise, of each fact."""
+    for fact in facts:
+        value = fact.value
+        if isinstance(value, list | tuple):
+            value = ",".join(map(str, value))
+        elif isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif value is None:
+            value = "none"
+        assumed = fact.source == "assumed"
+        yield fact.name, str(value), fact.source.upper() if assumed else fact.source, fact.option
+
+
+def print_facts(facts: Sequence[Fact]) -> None:
+    """Prints every hyper-parameter with where it is from to stderr; the assumed ones stand out."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not facts:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("what", "value", "from", "to say otherwise"):
+        table.add_column(heading, overflow="fold")
+    for name, value, source, option in facts_rows(facts):
+        style = "bold yellow" if source == "ASSUMED" else ""
+        table.add_row(*(Text(part, style=style) for part in (name, value, source, option)))
+    console = Console(file=sys.stderr, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip(), err=True)

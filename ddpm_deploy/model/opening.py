@@ -1,0 +1,152 @@
+"""Opening checkpoint files without running code that is in them."""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import warnings
+import zipfile
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_deploy.errors import CheckpointError, MissingDependencyError
+
+_FOLDER = 0x10
+"""The attribute by which the zip library in torch takes a record for a folder."""
+
+
+def read_content(path: Path) -> Any:
+    """Reads a checkpoint file's content without running any code that is in it.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or needs code to be read.
+        MissingDependencyError: `.safetensors` needs the package of that name.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}; a checkpoint is a file.", hint="Check the path: ls " + str(path.parent)
+        )
+    if path.stat().st_size == 0:
+        raise damaged(path, "it is empty")
+    if path.suffix in {".onnx", ".plan"}:
+        raise CheckpointError(
+            f"{path} is an engine already; a checkpoint is what training saved.",
+            hint=f"Build it or draw with it: ddpm-deploy sample --engine {path}",
+        )
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    _check_archive(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks about the pickle's version
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        if asked := _global_in(str(error)) or _global_of(path):
+            raise CheckpointError(
+                f"{path} is a pickle that runs code when it is read: it asks for {asked}. "
+                "ddpm-deploy reads tensors only, since such a file can do anything to this "
+                "machine.",
+                hint="Where the file was made, save the weights alone: "
+                "torch.save(model.state_dict(), 'ckpt.pt')",
+            ) from error
+        raise damaged(path, _reason(path, error)) from error
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"safetensors is needed here to read {path}, and is not installed ({error}).",
+            hint="pip install 'ddpm-deploy[export]'",
+        ) from error
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Compares every record of a zip checkpoint with its checksum, which torch does not."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return  # torch's form before 1.6 has no sums
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            bad = archive.testzip()
+    except Exception as error:  # zipfile raises nearly anything on a damaged archive
+        raise damaged(path, str(error)) from error
+    if bad is not None:
+        raise damaged(path, f"the checksum of its record {bad} does not match")
+    if folders := [r.filename for r in records if r.is_dir() or r.external_attr & _FOLDER]:
+        # torch reads nothing for a folder, and hands out memory as it finds it.
+        raise damaged(path, f"its record {folders[0]} is marked as a folder")
+    if any(record.filename.endswith("/constants.pkl") for record in records):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive: a program, not the weights alone.",
+            hint="Save its weights: torch.save(torch.jit.load(FILE).state_dict(), 'ckpt.pt')",
+        )
+
+
+def _global_in(message: str) -> str:
+    """Picks what a pickle wanted to import out of torch's message; empty if it says nothing."""
+    found = re.search(r"GLOBAL ([\w.]+)", message)
+    return found[1] if found else ""
+
+
+def _global_of(path: Path) -> str:
+    """Returns what a pickle would import besides torch's own, without running it.
+
+    torch's reader stops at the first opcode of a newer protocol, before it comes to the import.
+    """
+    strings = deque[str](maxlen=2)
+    try:
+        for opcode, argument, _ in pickletools.genops(_pickle_in(path)):
+            name = ""
+            if opcode.name in {"GLOBAL", "INST"}:
+                name = str(argument).replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                name = ".".join(strings)
+            elif isinstance(argument, str):
+                strings.append(argument)
+            if name and not name.startswith(("torch.", "collections.")):
+                return name
+    except Exception:  # noqa: BLE001  (no pickle, or a damaged one)
+        return ""
+    return ""
+
+
+def _pickle_in(path: Path) -> bytes:
+    if not zipfile.is_zipfile(path):
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return archive.read(name)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Says what is wrong with a file that torch cannot read, in words of ours.
+
+    Torch's own text advises to load the file with `weights_only=False`, which runs its code.
+    """
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" and not zipfile.is_zipfile(path):
+        return "it begins as an archive whose end is missing"
+    if start[:1] != b"\x80" and start != b"PK":
+        return "it is neither an archive nor a pickle"
+    line = next(iter(str(error).splitlines()), "")
+    return "its pickle cannot be read" if not line or "weights_only" in line else line
+
+
+def damaged(path: Path, what: str) -> CheckpointError:
+    """Returns the error for a file that cannot be read."""
+    return CheckpointError(
+        f"{path} is damaged, or is no checkpoint: {what}.",
+        hint="Copy it again from where it was trained, and compare: sha256sum " + str(path),
+    )
