@@ -82,25 +82,26 @@ def make_variant(variant: str, out: Path) -> Path:
 
 def _tree(node: Any, table: dict[str, Any], folder: Path) -> Any:
     """Makes an object of its description: JSON, in which `$tensors` and the like stand for data."""
-    if isinstance(node, list):
-        return [_tree(each, table, folder) for each in node]
-    if not isinstance(node, dict):
-        return node
-    if "$tensors" in node:
-        made = OrderedDict(
-            (entry["key"], torch.from_numpy(_entry(entry, folder)))
-            for entry in table["tensors"][node["$tensors"]]
-        )
-        if node.get("parameter"):
-            return OrderedDict((key, torch.nn.Parameter(value)) for key, value in made.items())
-        return made
-    if "$tensor" in node:
-        return torch.from_numpy(_entry(node["$tensor"], folder))
-    if "$intdict" in node:
-        return {int(k): _tree(each, table, folder) for k, each in node["$intdict"].items()}
-    if "$tuple" in node:
-        return tuple(_tree(each, table, folder) for each in node["$tuple"])
-    return {key: _tree(each, table, folder) for key, each in node.items()}
+    match node:
+        case list():
+            made: Any = [_tree(each, table, folder) for each in node]
+        case {"$tensors": name, **more}:
+            wrap = torch.nn.Parameter if more.get("parameter") else lambda tensor: tensor
+            made = OrderedDict(
+                (entry["key"], wrap(torch.from_numpy(_entry(entry, folder))))
+                for entry in table["tensors"][name]
+            )
+        case {"$tensor": entry}:
+            made = torch.from_numpy(_entry(entry, folder))
+        case {"$intdict": entries}:
+            made = {int(key): _tree(each, table, folder) for key, each in entries.items()}
+        case {"$tuple": entries}:
+            made = tuple(_tree(each, table, folder) for each in entries)
+        case dict():
+            made = {key: _tree(each, table, folder) for key, each in node.items()}
+        case _:
+            made = node
+    return made
 
 
 def _entry(entry: dict[str, Any], folder: Path) -> NDArray[Any]:

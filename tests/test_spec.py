@@ -112,7 +112,8 @@ def test_json_is_plain_and_says_its_format() -> None:
     assert set(data) == {
         *("format", "sample_shape", "schedule", "prediction", "variance", "clip", "value_range"),
         *("rounding", "first_timestep", "timestep", "sampler", "conditions", "family"),
-        *("checkpoint_sha256", "tool_version"),
+        *("checkpoint_sha256", "tool_version", "sampling", "guidance", "restore", "network"),
+        "weights",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,16 @@ from ddpm_deploy.model.facts import Fact, Facts, Said
 from ddpm_deploy.model.families import FAMILIES, detect
 from ddpm_deploy.model.family import Family, Opened, Reading, State, Weights
 from ddpm_deploy.model.opening import read_content
+from ddpm_deploy.model.unet import HEADS
 from ddpm_deploy.sampling import Prediction
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.spec import ModelSpec
 
 OWN_FAMILY = "ddpm-deploy"
 """Family of checkpoints that `ddpm-deploy train` wrote: dome272's network with a spec."""
+
+_OWN = {"heads": HEADS}
+"""What every network of `train` has and its spec does not say."""
 
 _WRAPPERS: Mapping[Weights, tuple[str, ...]] = {
     "ema": ("ema", "ema_model"),
@@ -82,7 +86,7 @@ def load_network(
     path = Path(path)
     opened = open_checkpoint(path, weights)
     if spec and weights is None and spec.weights in set(opened.choices) - {opened.weights}:
-        opened = open_checkpoint(path, cast("Weights", spec.weights))
+        opened = open_checkpoint(path, spec.weights)
     family = detect(opened.state, source=str(path))
     own = _own_spec(opened.content, path)
     said = Said(
@@ -99,7 +103,8 @@ def load_network(
             image_size=known.sample_shape[1:],
             schedule=known.schedule,
             prediction=known.prediction,
-            settings={**known.network, **said.settings},
+            settings={**(_OWN if own else {}), **known.network, **said.settings},
+            source="config",
         )
     facts = Facts(said, source=str(path))
     reading = _read(family, opened, facts)
@@ -112,10 +117,8 @@ def load_network(
         weights=opened.weights,
         network={fact.name: fact.value for fact in facts.all if fact.option.startswith("--set")},
     )
-    shown = () if own else facts.all
-    return LoadedNetwork(
-        network=_load(family, reading, opened), spec=found, facts=(_taken(opened), *shown)
-    )
+    network = _load(family, reading, opened)
+    return LoadedNetwork(network=network, spec=found, facts=(_taken(opened), *facts.all))
 
 
 def open_checkpoint(path: Path, weights: Weights | None = None) -> Opened:

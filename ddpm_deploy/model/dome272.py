@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.facts import Facts
 from ddpm_deploy.model.family import Family, Opened, Reading, label_condition
 from ddpm_deploy.model.unet import HEADS, UNet, UNetWidths
@@ -19,6 +20,11 @@ def _read(opened: Opened, facts: Facts) -> Reading:
     heads = facts.ask("heads", HEADS)
     size = facts.image_size((64, 64), multiple_of=8)
     schedule = facts.schedule(linear(1000))
+    if schedule.T == 1:
+        raise CheckpointError(
+            "The schedule has 1 timestep; networks of dome272 are trained from t = 1 on.",
+            hint="Type the T of training: --timesteps 1000",
+        )
     prediction = facts.prediction("epsilon")
     network = UNet(
         channels,

@@ -43,12 +43,14 @@ class Said:
         schedule: Of training.
         prediction: What the network gives.
         settings: Of the family, by name: text as it was typed, or values in JSON's types.
+        source: Where all this is from: `flag`, or `config` where a spec says it.
     """
 
     image_size: tuple[int, ...] | None = None
     schedule: Schedule | None = None
     prediction: Prediction | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    source: Source = "flag"
 
 
 class Facts:
@@ -78,7 +80,7 @@ class Facts:
             typed = self._typed(name, kind=type(value))
             if typed == value or source != "weights":
                 if typed != value:
-                    source, value = "flag", typed
+                    source, value = self._said.source, typed
             else:
                 raise CheckpointError(
                     f"{self._source} has {name} {_shown(value)} by its weights, not "
@@ -102,7 +104,7 @@ class Facts:
         """
         if name in self._said.settings:
             value: T = self._typed(name, kind=type(default), among=among)
-            self._note(_fact(name, value, "flag"))
+            self._note(_fact(name, value, self._said.source))
             return value
         self._note(_fact(name, default, "assumed"))
         return default
@@ -162,10 +164,11 @@ class Facts:
             size = size * len(default) if len(size) == 1 else size
         if any(side < 1 or side % multiple_of for side in size):
             raise CheckpointError(
-                f"The {called} is {_shown(size)}; this network takes multiples of {multiple_of}.",
+                f"The {called} is {'x'.join(map(str, size))}; this network takes multiples of "
+                f"{multiple_of}.",
                 hint=f"Type the size that it was trained at: {option} {4 * multiple_of}",
             )
-        source = "flag" if self._said.image_size else source
+        source = self._said.source if self._said.image_size else source
         self._note(Fact(name=called, value="x".join(map(str, size)), source=source, option=option))
         return size
 
@@ -179,7 +182,7 @@ class Facts:
             )
         schedule = said or default
         option = "" if source == "weights" else "--schedule, --timesteps"
-        source = "flag" if said is not None and source != "weights" else source
+        source = self._said.source if said is not None and source != "weights" else source
         self._note(Fact(name="schedule", value=str(schedule), source=source, option=option))
         return schedule
 
@@ -191,7 +194,7 @@ class Facts:
                 f"The prediction is {said!r}; there are {', '.join(PREDICTIONS)}.",
                 hint="Type --prediction epsilon",
             )
-        source = "flag" if said is not None else source
+        source = self._said.source if said is not None else source
         value = said or default
         self._note(Fact(name="prediction", value=value, source=source, option="--prediction"))
         return value

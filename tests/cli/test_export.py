@@ -61,10 +61,12 @@ def test_the_file_is_named_and_says_where_it_came_from(traced: Path) -> None:
 def test_stdout_is_the_path_and_stderr_the_account() -> None:
     outcome = export("ckpt.pt")
     assert (outcome.code, outcome.out) == (0, "unet.onnx\n")
-    first, second = outcome.err.splitlines()
+    first, *table, last = outcome.err.splitlines()
     assert first == "ckpt.pt: test, ema weights, 1x8x8"
-    assert " nodes, opset 20, " in second
-    assert second.endswith(" of the peak from PyTorch over 5 batches")
+    assert [line.split()[0] for line in table[:4]] == ["what", "weights", "channels", "classes"]
+    assert not any("ASSUMED" in line for line in table)  # a checkpoint of ours says all
+    assert " nodes, opset 20, " in last
+    assert last.endswith(" of the peak from PyTorch over 5 batches")
 
 
 @pytest.mark.usefixtures("quick")
@@ -74,7 +76,7 @@ def test_json_has_the_measurements() -> None:
     assert report["bytes"] == Path("net.onnx").stat().st_size
     assert report["parameters"] == sum(p.numel() for p in tiny_network(classes=3).parameters())
     assert 0 <= report["largest_deviation"] <= 2e-5
-    assert report["assumed"] == []
+    assert {fact["source"] for fact in report["facts"]} == {"weights", "config"}
     assert report["spec"]["sample_shape"] == [1, 8, 8]
     assert report["seconds"] > 0
 
@@ -84,8 +86,10 @@ def test_what_was_assumed_is_said() -> None:
     torch.save(tiny_network(classes=3).state_dict(), "bare.pt")
     outcome = export("bare.pt", "--image-size", 8, "--schedule", "cosine", "--timesteps", 50)
     assert outcome.code == 0, outcome.err
-    assert "  assumed, since the file does not say: prediction epsilon" in outcome.err
-    assert "image size" not in outcome.err
+    lines = {line.split("  ")[0]: line.split() for line in outcome.err.splitlines()}
+    assert lines["prediction"] == ["prediction", "epsilon", "ASSUMED", "--prediction"]
+    assert lines["image size"][2:4] == ["8x8", "flag"]
+    assert lines["channels"] == ["channels", "1", "weights"]
     spec = open_engine("unet.onnx").spec
     assert (spec.schedule.name, spec.schedule.T, spec.sampler) == ("cosine", 50, "dome272")
 
@@ -137,8 +141,8 @@ def write_wrong_files() -> None:
         (["ckpt.pt", "--schedule", "cosine"], "ckpt.pt was trained with the schedule linear"),
         (["ckpt.pt", "--schedule", "square"], "No schedule is called 'square'; there are linear"),
         (["ckpt.pt", "--opset", "12"], "Opset is 12; this exporter writes 18 to 23."),
-        (["bare.pt", "--image-size", "20"], "The image size is 20; this network halves it three"),
-        (["bare.pt", "--timesteps", "1"], "The schedule has 1 timestep(s); networks of dome27"),
+        (["bare.pt", "--image-size", "20"], "The image size is 20x20; this network takes multiple"),
+        (["bare.pt", "--timesteps", "1"], "The schedule has 1 timestep; networks of dome272"),
         (["ckpt.pt", "-o", "file/unet.onnx"], "A file stands where a folder is needed: file."),
         (["ckpt.pt", "-o", "file/a/unet.onnx"], "Not a directory: file/a"),
         (["ckpt.pt", "-o", "taken.onnx"], "Is a directory: taken.onnx."),

@@ -304,7 +304,9 @@ def test_settings_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
     other = tiny_spec(timesteps=30).schedule
     assert "was trained with the schedule linear" in str(refused(own, schedule=other))
     bare = write_state_dict(tmp_path / "ckpt.pt")
-    assert "8 must divide it" in str(refused(bare, image_size=20))
+    assert "The image size is 20x20; this network takes multiples of 8." in str(
+        refused(bare, image_size=20)
+    )
 
 
 @pytest.mark.parametrize(
