@@ -219,7 +219,8 @@ def sample(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Samples:
         images: Their indices; image i is the same whatever stands beside it.
 
     Returns:
-        float32, (N, *sample_shape).
+        float32, (N, *sample_shape): in the loop's units, [-1, 1] for pictures; where the spec says
+        what the numbers mean (`restore`), in their own.
 
     Raises:
         EngineError: The network gave numbers that are not finite.
@@ -228,7 +229,8 @@ def sample(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Samples:
     with Drawing(engine, recipe) as drawing:
         for _ in drawing.steps(images):
             pass
-        return drawing.read()
+        x = drawing.read()
+    return x if engine.spec.restore is None else engine.spec.restore(x)
 
 
 class Drawing:
@@ -514,7 +516,8 @@ class Run:
             write_png(path, self._pixels(x[None])[0])
         else:
             content = io.BytesIO()  # np.save hides a full disk's error code
-            np.save(content, x)
+            restore = self.engine.spec.restore
+            np.save(content, x if restore is None else restore(x[None])[0])
             with whole_file(path) as partial_path:
                 partial_path.write_bytes(content.getbuffer())
         return path

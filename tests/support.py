@@ -9,7 +9,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from ddpm_deploy import ModelSpec, linear
+from ddpm_deploy import Condition, ModelSpec, linear
 from ddpm_deploy.export.fuse_step import fuse_file
 from ddpm_deploy.model import UNet, UNetWidths
 from ddpm_deploy.model.family import label_condition
@@ -105,4 +105,55 @@ def write_state_dict(path: Path, *, channels: int = 3, classes: int = 0, prefix:
 def write_fused(path: Path, spec: ModelSpec, *, bias: float = 0.0) -> Path:
     """Writes the graph of `write_graph` with its step fused."""
     fuse_file(write_graph(path, spec, bias=bias), path)
+    return path
+
+
+def conditioned_spec(**changes: object) -> ModelSpec:
+    """A spec of sequences of 6 values in 4 channels, which see an observation and the last x_0."""
+    spec = ModelSpec(
+        sample_shape=(4, 6),
+        schedule=linear(20, start=1e-3, end=0.2),
+        conditions=(
+            Condition(name="obs", meaning="observation", dtype="float32", shape=(2, 3)),
+            Condition(name="last", meaning="self_condition", dtype="float32", shape=(4, 6)),
+        ),
+        family="test",
+    )
+    return spec.with_changes(**changes)
+
+
+def write_conditioned(path: Path, spec: ModelSpec, *, seen: float = 0.5) -> Path:
+    """Writes out = 0.8·tanh(x) + seen·last + 0.3·mean(obs) + t/100 as an ONNX file, by hand."""
+    column = numpy_helper.from_array(np.array([-1, 1, 1], dtype=np.int64), "column")
+    numbers = {"gain": 0.8, "seen": seen, "of_obs": 0.3, "per_step": 1e-2}
+    constants = [
+        column,
+        *(numpy_helper.from_array(np.array(v, np.float32), name) for name, v in numbers.items()),
+        numpy_helper.from_array(np.array([1, 2], dtype=np.int64), "axes"),
+    ]
+    nodes = [
+        helper.make_node("Tanh", ["x"], ["tanh"]),
+        helper.make_node("Mul", ["tanh", "gain"], ["scaled"]),
+        helper.make_node("Mul", ["last", "seen"], ["of_last"]),
+        helper.make_node("ReduceMean", ["obs", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Mul", ["mean", "of_obs"], ["observed"]),
+        helper.make_node("Cast", ["t"], ["tf"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["tf", "per_step"], ["shift"]),
+        helper.make_node("Reshape", ["shift", "column"], ["shift3"]),
+        helper.make_node("Add", ["scaled", "of_last"], ["a"]),
+        helper.make_node("Add", ["a", "observed"], ["b"]),
+        helper.make_node("Add", ["b", "shift3"], ["out"]),
+    ]
+    shapes = {"x": spec.sample_shape, **{c.name: c.shape for c in spec.conditions}}
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+        for name, shape in shapes.items()
+    ]
+    inputs.append(helper.make_tensor_value_info("t", TensorProto.INT64, ["batch"]))
+    output = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", *spec.sample_shape])
+    graph = helper.make_graph(nodes, "tiny", inputs, [output], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(model, path)
     return path

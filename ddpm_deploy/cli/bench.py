@@ -10,9 +10,11 @@ import typer
 from ddpm_deploy.cli.common import (
     Device,
     Json,
+    Observe,
     Seed,
     Threads,
     note,
+    parse_observations,
     print_json,
     print_table,
     rate,
@@ -31,6 +33,7 @@ def command(
     repeat: Annotated[int, typer.Option(min=1, help="Turns each; the engines take turns.")] = 5,
     warm_up: Annotated[int, typer.Option(min=1, help="Steps before the clock starts.")] = 5,
     seed: Seed = 0,
+    observe: Observe = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -59,12 +62,13 @@ def command(
                 f"{against} is no checkpoint, so it has no loop in PyTorch.",
                 hint=f"Time it as an engine: --engine {against}",
             )
-    recipe = Recipe(seed=seed)
     paths = list(dict.fromkeys(engine or [Path("unet.onnx")]))
     opened: list[Engine] = [open_engine(path, threads=threads, device=device) for path in paths]
     loops: dict[str, Loop] = {}
     rows: dict[str, int] = {}
     spec = opened[0].spec
+    observations = parse_observations(observe or (), spec, example=True)
+    recipe = Recipe(seed=seed, observations=observations)
     if against is not None:
         with needs("torch", extra="export"):
             from ddpm_deploy.engines.pytorch import TorchEngine, torch_loop

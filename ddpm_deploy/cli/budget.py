@@ -14,6 +14,7 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    Observe,
     Progress,
     SamplerName,
     Seed,
@@ -65,6 +66,7 @@ def command(
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
+    observe: Observe = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -107,6 +109,8 @@ def command(
             spacing=spacing,
             label=label,
             guidance=guidance,
+            observe=observe,
+            example=True,
         )
         with settings("See: ddpm-deploy budget --help"):
             loop = engine_loop(engine, recipe, range(count))

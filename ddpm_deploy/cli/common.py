@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +43,15 @@ Label = Annotated[
 ]
 Guidance = Annotated[
     float, typer.Option(help="Classifier-free guidance s in u + s(c - u); 1 is none.")
+]
+Observe = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--observe",
+        metavar="NAME=FILE",
+        help="What the network is conditioned on: a .npy of (N, ...) numbers, image i taking row i "
+        "mod N. May be repeated.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -109,6 +119,8 @@ def recipe_of(
     spacing: str | None,
     label: str | None,
     guidance: float,
+    observe: Sequence[str] | None = None,
+    example: bool = False,
 ) -> Recipe:
     """Makes a recipe of the options that say what loop it is; its table refuses unknown names.
 
@@ -121,6 +133,9 @@ def recipe_of(
         spacing: `--spacing`.
         label: `--label`, as it was typed.
         guidance: `--guidance`.
+        observe: The `--observe`s, as they were typed.
+        example: Whether observations may be standard normal numbers where none is given, for loops
+            that are compared or timed.
     """
     from typing import cast
 
@@ -135,7 +150,46 @@ def recipe_of(
         spacing=cast("Spacing | None", spacing),
         labels=parse_labels(label, spec),
         guidance=guidance,
+        observations=parse_observations(observe or (), spec, example=example),
     )
+
+
+def parse_observations(
+    texts: Sequence[str], spec: ModelSpec, *, example: bool
+) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Reads the `--observe NAME=FILE.npy`s; the name may be left out where there is one input.
+
+    Args:
+        texts: As they were typed.
+        spec: What the network is.
+        example: As in `recipe_of`.
+
+    Raises:
+        DataError: A file is missing or damaged, or its array does not fit.
+    """
+    from ddpm_deploy.noise import SeededNoise
+    from ddpm_deploy.observations import read_observations
+
+    inputs = {condition.name: condition for condition in spec.observations}
+    found = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals and len(inputs) == 1:
+            name, file = next(iter(inputs)), text
+        if name not in inputs:
+            raise typer.BadParameter(
+                f"{text!r} is not NAME=FILE with NAME one of {', '.join(inputs)}"
+                if inputs
+                else f"{text!r}: this network takes no observations",
+                param_hint="--observe",
+            )
+        found[name] = read_observations(Path(file), inputs[name])
+    if example and (missing := inputs.keys() - found.keys()):
+        note(f"note: standard normal numbers stand for {', '.join(sorted(missing))}; or --observe")
+        for name in missing:
+            drawn = SeededNoise(0, range(8), inputs[name].shape)(0)
+            found[name] = tuple(tuple(row) for row in drawn.reshape(len(drawn), -1).tolist())
+    return found
 
 
 def note(text: str) -> None:

@@ -37,6 +37,10 @@ def command(
     weights: Annotated[
         str | None, typer.Option(help="ema or online, where the file has both; ema if left out.")
     ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Put guidance of this scale into the graph: a doubled batch inside."),
+    ] = None,
     opset: Annotated[int, typer.Option(help="ONNX opset; TensorRT 10.3 (Jetson) reads 20.")] = 20,
     json: Json = False,
 ) -> None:
@@ -76,6 +80,7 @@ def command(
         prediction=cast("Prediction | None", prediction),
         weights=cast("Weights | None", weights),
         settings=parse_settings(said or []),
+        guidance=guidance,
     )
     spec = loaded.spec
     shape = "x".join(map(str, spec.sample_shape))

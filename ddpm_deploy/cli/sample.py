@@ -14,6 +14,7 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    Observe,
     Progress,
     SamplerName,
     Seed,
@@ -48,6 +49,7 @@ def command(
     ] = None,
     label: Label = None,
     guidance: Guidance = 1.0,
+    observe: Observe = None,
     gif: Annotated[
         bool, typer.Option("--gif", help="Also x0.gif: predicted x_0 unfolding.")
     ] = False,
@@ -81,6 +83,7 @@ def command(
             spacing=spacing,
             label=label,
             guidance=guidance,
+            observe=observe,
         )
         with settings("See: ddpm-deploy sample --help"):
             table = recipe.table(opened.spec)

@@ -13,6 +13,7 @@ from ddpm_deploy.cli.common import (
     Eta,
     Guidance,
     Label,
+    Observe,
     Progress,
     SamplerName,
     Seed,
@@ -54,6 +55,7 @@ def command(
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
+    observe: Observe = None,
     polygraphy: Annotated[
         Path | None,
         typer.Option(help="Folder: also the network's inputs and outputs for Polygraphy."),
@@ -104,6 +106,8 @@ def command(
             spacing=spacing,
             label=label,
             guidance=guidance,
+            observe=observe,
+            example=True,
         )
         if polygraphy or trtexec:
             check_calls(spec, recipe)

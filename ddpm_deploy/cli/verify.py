@@ -18,6 +18,7 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    Observe,
     Progress,
     SamplerName,
     Seed,
@@ -104,6 +105,7 @@ def command(
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
+    observe: Observe = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -143,6 +145,8 @@ def command(
             spacing=spacing,
             label=label,
             guidance=guidance,
+            observe=observe,
+            example=True,
         )
         with settings("See: ddpm-deploy verify --help"), ExitStack() as bar:
             watch = _Watch(bar, deployed)

@@ -16,7 +16,7 @@ from ddpm_deploy.bench import Loop, StepTime
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import EngineError
 from ddpm_deploy.model.checkpoint import load_network
-from ddpm_deploy.run import Recipe, default_labels
+from ddpm_deploy.run import Recipe
 from ddpm_deploy.spec import ModelSpec
 
 
@@ -77,7 +77,8 @@ class TorchEngine(Engine):
         return cls(loaded.network, loaded.spec, path=path, device=device, threads=threads)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
-        tensors = [torch.from_numpy(value).to(self.device) for value in feeds.values()]
+        named = ("x", "t", *(condition.name for condition in self.spec.conditions))
+        tensors = [torch.from_numpy(feeds[name]).to(self.device) for name in named]
         try:
             with torch.inference_mode():
                 return np.asarray(self.network(*tensors).cpu().numpy(), dtype=np.float32)
@@ -103,26 +104,29 @@ def torch_loop(engine: TorchEngine, recipe: Recipe, batch: int) -> Loop:
     """
     table = recipe.table(engine.spec)
     device = engine.device
-    labels = engine.spec.label
-    conditions = []
-    if labels is not None:
-        numbers = recipe.labels or default_labels(engine.spec)
-        y = [numbers[i % len(numbers)] for i in range(batch)]
-        conditions.append(torch.tensor(y, device=device))
+    given = recipe.conditions(engine, range(batch))
+    sees = engine.spec.self_condition
 
     def run(steps: int) -> Iterator[StepTime]:
         generator = torch.Generator(device).manual_seed(recipe.seed)
         shape = (batch, *engine.spec.sample_shape)
         with torch.inference_mode():
             x = torch.randn(shape, generator=generator, device=device)
+            before = torch.zeros_like(x)
+            fed = {name: torch.from_numpy(value).to(device) for name, value in given.items()}
             for row in table[:steps]:
                 start = time.perf_counter()
                 t = torch.full((batch,), row.t, dtype=torch.int64, device=device)
+                if sees is not None:
+                    fed[sees.name] = before
+                conditions = [fed[condition.name] for condition in engine.spec.conditions]
                 out = engine.network(x, t, *conditions)[:, : x.shape[1]]
                 x0 = row.x0_from_x * x + row.x0_from_out * out
                 if row.clip is not None:
                     x0 = x0.clamp(-row.clip, row.clip)
                 x = row.x_from_x0 * x0 + row.x_from_x * x + row.x_from_out * out
+                x += row.x_from_before * before
+                before = x0
                 if row.x_from_noise:
                     noise = torch.randn(shape, generator=generator, device=device)
                     x = x + row.x_from_noise * noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import secrets
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -118,7 +120,7 @@ def trace_network(network: nn.Module, spec: ModelSpec, *, opset: int = 20) -> on
                 opset_version=opset,
                 input_names=list(inputs),
                 output_names=["out"],
-                dynamic_shapes=tuple({0: "batch"} for _ in inputs),
+                dynamic_shapes=_free_batch(network, len(inputs)),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -132,6 +134,19 @@ def trace_network(network: nn.Module, spec: ModelSpec, *, opset: int = 20) -> on
     if len(model.graph.output) != 1:
         raise ExportError(f"The network gives {len(model.graph.output)} outputs; it must give one.")
     return model
+
+
+def _free_batch(network: nn.Module, inputs: int) -> tuple[Any, ...]:
+    """Returns that every input's first axis is the batch, in the form of the network's arguments.
+
+    What a network takes as `*conditions` is one argument for torch.export.
+    """
+    batch = {0: "batch"}
+    kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return (batch,) * inputs
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*(batch,) * named, (batch,) * (inputs - named))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ddpm_deploy.files import sha256
 from ddpm_deploy.model.facts import Fact, Facts, Said
 from ddpm_deploy.model.families import FAMILIES, detect
 from ddpm_deploy.model.family import Family, Opened, Reading, State, Weights
+from ddpm_deploy.model.guided import Guided
 from ddpm_deploy.model.opening import read_content
 from ddpm_deploy.model.unet import HEADS
 from ddpm_deploy.sampling import Prediction
@@ -62,6 +63,7 @@ def load_network(
     prediction: Prediction | None = None,
     weights: Weights | None = None,
     settings: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
     spec: ModelSpec | None = None,
 ) -> LoadedNetwork:
     """Loads a checkpoint as the network it is.
@@ -74,6 +76,7 @@ def load_network(
         prediction: What the network gives; as `image_size`.
         weights: `ema` or `online`; EMA where the file has it, when None.
         settings: What else the file does not say, by the names in `LoadedNetwork.facts`.
+        guidance: Scale of classifier-free guidance to put into the network; none when None.
         spec: What the network is, for files that do not say: that of an engine made from it.
 
     Raises:
@@ -118,6 +121,10 @@ def load_network(
         network={fact.name: fact.value for fact in facts.all if fact.option.startswith("--set")},
     )
     network = _load(family, reading, opened)
+    scale = guidance if guidance is not None or spec is None else spec.guidance
+    if scale is not None:
+        network = Guided(network, found, scale).eval()
+        found = found.with_changes(guidance=scale)
     return LoadedNetwork(network=network, spec=found, facts=(_taken(opened), *facts.all))
 
 

@@ -38,6 +38,8 @@ SAME_MODEL = (
     "first_timestep",
     "timestep",
     "conditions",
+    "guidance",
+    "restore",
 )
 """Fields of the spec in which two engines of one model agree."""
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.run import Recipe
-from ddpm_deploy.sampling import Predictor
+from ddpm_deploy.sampling import Predictor, SelfConditioned
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.verify.budget import (
     ARITHMETICS,
@@ -203,13 +203,23 @@ def disturbed(loop: Loop, level: float, *, persistent: float = PERSISTENT) -> Lo
     """
     fresh = float(np.sqrt(1 - persistent**2))
 
-    def predict(x: Samples, t: Timesteps) -> Samples:
-        out = loop.predict(x, t)
-        same = _drawn(0, 2).standard_normal(out.shape)
-        new = _drawn(int(t[0]), 3).standard_normal(out.shape)
-        size = level * rounding_gain(loop.predict, x, t, out)
-        return (out + size * (persistent * same + fresh * new)).astype(np.float32)
+    def erring(network: Predictor) -> Predictor:
+        def predict(x: Samples, t: Timesteps) -> Samples:
+            out = network(x, t)
+            same = _drawn(0, 2).standard_normal(out.shape)
+            new = _drawn(int(t[0]), 3).standard_normal(out.shape)
+            size = level * rounding_gain(network, x, t, out)
+            return (out + size * (persistent * same + fresh * new)).astype(np.float32)
 
+        return predict
+
+    network = loop.predict
+    predict = erring(network)
+    if isinstance(network, SelfConditioned):
+        sees = network.predict
+        predict = SelfConditioned(
+            predict=lambda x, t, before: erring(lambda x, t: sees(x, t, before))(x, t)
+        )
     return Loop(predict, loop.table, loop.noise, spec=loop.spec)
 
 

@@ -11,6 +11,9 @@ compressed, of NumPy arrays (`numpy.load` reads it too), little-endian, rows fir
     outputs_at  int64 (K,), ascending: numbers of the transitions that are there, 1 being the
                 noisiest; the last of the loop is among them
     outputs     float32 (K, N, *sample_shape): what the network predicted in them
+    befores_at  int64 (B,), ascending, and
+    befores     float32 (B, N, *sample_shape), where a step looks back at the one before: the x_0 of
+                transition k-1, for each transition k above 1 in `outputs_at`
     pictures    uint8 (N, H, W, C), where the loop made some: what it returned at the end
     sha256      uint8 (32,): the SHA-256 of the bytes of the `.npy` files above, in that order
 
@@ -49,7 +52,7 @@ SUFFIX = ".trace"
 
 REQUIRED = ("header", "states_at", "states", "outputs_at", "outputs")
 
-ARRAYS = (*REQUIRED, "pictures")
+ARRAYS = (*REQUIRED, "befores_at", "befores", "pictures")
 """The arrays of a file, in the order in which they are hashed."""
 
 _UNREADABLE = (
@@ -146,9 +149,10 @@ def record(
     shape = (len(images), *spec.sample_shape)
     kept: dict[int, Step] = {}
     last = None
+    back = _looks_back(spec, recipe.table(spec))
     for last in steps:
         if last.k in wanted:
-            kept[last.k] = _copied(last, shape)
+            kept[last.k] = _copied(last, shape, back=back)
     if last is None or last.k != count or kept.keys() != wanted:
         raise TraceError(
             f"The loop made {'no step' if last is None else f'its last step as number {last.k}'}; "
@@ -165,7 +169,12 @@ def record(
     )
 
 
-def _copied(step: Step, shape: tuple[int, ...]) -> Step:
+def _looks_back(spec: ModelSpec, table: Table) -> bool:
+    """Tells whether a loop's steps need the x_0 of the step before."""
+    return spec.self_condition is not None or any(row.x_from_before for row in table)
+
+
+def _copied(step: Step, shape: tuple[int, ...], *, back: bool) -> Step:
     """Returns a step with arrays of its own."""
 
     def copy(name: str) -> Samples:
@@ -178,7 +187,10 @@ def _copied(step: Step, shape: tuple[int, ...]) -> Step:
             )
         return array
 
-    return replace(step, x_t=copy("x_t"), out=copy("out"), x0=copy("x0"), x=copy("x"))
+    before = copy("before") if back and step.k > 1 else None
+    return replace(
+        step, x_t=copy("x_t"), out=copy("out"), x0=copy("x0"), x=copy("x"), before=before
+    )
 
 
 def loop_steps(loop: Loop) -> Iterable[Step]:
@@ -204,6 +216,10 @@ def write_trace(path: Path, trace: Trace) -> None:
         "outputs_at": np.array(sorted(trace.steps), np.int64),
         "outputs": np.stack([trace.steps[k].out for k in sorted(trace.steps)]),
     }
+    befores = {k: s.before for k, s in trace.steps.items() if s.before is not None}
+    if befores and _looks_back(trace.spec, trace.table):
+        arrays["befores_at"] = np.array(sorted(befores), np.int64)
+        arrays["befores"] = np.stack([befores[k] for k in sorted(befores)])
     if trace.pictures is not None:
         arrays["pictures"] = trace.pictures
     files = {name: _npy(arrays[name]) for name in ARRAYS if name in arrays}
@@ -299,10 +315,24 @@ def _trace(path: Path, content: bytes) -> Trace:
         raise ValueError(f"output {len(table)}, the last, is missing")
     if missing := sorted({at for k in outputs for at in (k - 1, k)} - states.keys()):
         raise ValueError(f"states {missing} are missing")
+    befores: dict[int, Samples] = {}
+    if _looks_back(spec, table):
+        if "befores" in arrays:
+            befores = _numbered("befores", arrays, shape, range(2, len(table) + 1))
+        if missing := sorted(outputs.keys() - {1} - befores.keys()):
+            raise ValueError(f"its steps look back, and the x_0 before steps {missing} are missing")
     steps = {}
     for k, out in outputs.items():
         row, x_t = table[k - 1], states[k - 1]
-        steps[k] = Step(k=k, t=row.t, x_t=x_t, out=out, x0=predicted_x0(row, x_t, out), x=states[k])
+        steps[k] = Step(
+            k=k,
+            t=row.t,
+            x_t=x_t,
+            out=out,
+            x0=predicted_x0(row, x_t, out),
+            x=states[k],
+            before=befores.get(k),
+        )
     return Trace(
         spec=spec,
         recipe=recipe,
@@ -363,6 +393,10 @@ def _images(data: Sequence[Any]) -> tuple[int, ...]:
 
 def _recipe(data: Mapping[str, Any]) -> Recipe:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    fields["observations"] = {
+        name: tuple(tuple(map(float, row)) for row in rows)
+        for name, rows in dict(fields.get("observations", {})).items()
+    }
     recipe = Recipe(**fields)
     steps = recipe.steps if isinstance(recipe.steps, tuple) else (recipe.steps or 1,)
     whole = (recipe.seed, *steps, *(recipe.labels or ()))

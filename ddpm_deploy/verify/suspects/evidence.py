@@ -12,7 +12,14 @@ from ddpm_deploy.arrays import Samples
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.parity import TOLERANCE, relative_error
 from ddpm_deploy.run import Recipe
-from ddpm_deploy.sampling import Predictor, Table, Transition, predicted_x0, split_variance
+from ddpm_deploy.sampling import (
+    Predictor,
+    Table,
+    Transition,
+    predicted,
+    predicted_x0,
+    split_variance,
+)
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.verify.compare import Comparison, Pair, Side
 from ddpm_deploy.verify.loops import Loop, Noise
@@ -112,6 +119,8 @@ class Evidence:
         step = pair.local_given
         x0 = predicted_x0(row, step.x_t, step.out)
         mean: Samples = row.x_from_x0 * x0 + row.x_from_x * step.x_t + row.x_from_out * step.out
+        if row.x_from_before and step.before is not None:
+            mean = mean + row.x_from_before * step.before
         if not (noise and row.x_from_noise):
             return mean
         std = self._std(pair, row)
@@ -133,8 +142,8 @@ class Evidence:
         if pair.k not in self._variances:
             live = [loop for loop in reversed(self.loops) if isinstance(loop, Loop)]
             step = pair.local_given
-            t = np.full(len(step.x_t), step.t, np.int64)
-            _, v = split_variance(live[0].predict(step.x_t, t), step.x_t)
+            given = predicted(live[0].predict, step.x_t, step.t, step.before)
+            _, v = split_variance(given, step.x_t)
             self._variances[pair.k] = v
         return self._variances[pair.k]
 
@@ -256,7 +265,7 @@ class Experiment:
         """Runs the network on a transition's x_t, without a learned variance's half."""
         x_t = pair.local_given.x_t
         given = np.ascontiguousarray(x(x_t) if x else x_t, dtype=np.float32)
-        values = (predict or self._loop.predict)(given, np.full(len(given), t, np.int64))
+        values = predicted(predict or self._loop.predict, given, t, pair.local_given.before)
         return split_variance(values, given)[0]
 
     def explains(self, error: float) -> bool:

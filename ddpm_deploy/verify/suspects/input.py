@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import permutations
 
 import numpy as np
 
-from ddpm_deploy.arrays import Array, Samples
+from ddpm_deploy.arrays import Samples
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import DDPMDeployError
 from ddpm_deploy.parity import relative_error
@@ -292,13 +291,14 @@ def _guidances(evidence: Evidence, experiment: Experiment, engine: Engine) -> It
     label = engine.spec.label
     if label is None or label.null is None or experiment.inverse:
         return
-    y = _labels(evidence, engine)
-    null = np.full_like(y, label.null)
+    plainly = replace(evidence.recipe, guidance=1.0)
+    conditional = plainly.predictor(engine, evidence.images)
+    unconditional = replace(plainly, labels=(label.null,)).predictor(engine, evidence.images)
     scales, calls = [], []
     for pair in experiment.pairs:
         t = experiment.timestep(pair)
-        wanted = experiment.call(pair, t, predict=partial(engine, **{label.name: y}))
-        plain = experiment.call(pair, t, predict=partial(engine, **{label.name: null}))
+        wanted = experiment.call(pair, t, predict=conditional)
+        plain = experiment.call(pair, t, predict=unconditional)
         target, span = experiment.target(pair), wanted - plain
         if not np.any(span):
             return
@@ -332,7 +332,7 @@ def _swapped(evidence: Evidence, experiment: Experiment, engine: Engine) -> Iter
     label = engine.spec.label
     if label is None or (label.classes or 0) > CLASSES:
         return
-    y = _labels(evidence, engine)
+    y = evidence.recipe.conditions(engine, evidence.images)[label.name]
     every = [*range(label.classes or 1), *([] if label.null is None else [label.null])]
     best = np.full(len(y), np.inf)
     found = y.copy()
@@ -364,11 +364,6 @@ def _swapped(evidence: Evidence, experiment: Experiment, engine: Engine) -> Iter
         mend="Image i gets labels[i mod their number]; count classes from 0, as in training.",
         certain=experiment.gone(float(best.max())),
     )
-
-
-def _labels(evidence: Evidence, engine: Engine) -> Array:
-    (y,) = evidence.recipe.conditions(engine, evidence.images).values()
-    return y
 
 
 def _of_output(evidence: Evidence) -> Iterator[Cause]:
