@@ -19,6 +19,7 @@ from ddpm_deploy.cli.common import (
     SamplerName,
     Seed,
     SpacingName,
+    SpecOf,
     Steps,
     Threads,
     note,
@@ -67,6 +68,7 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
+    spec_from: SpecOf = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -94,7 +96,7 @@ def command(
     if not 1 <= factor < float("inf"):
         raise typer.BadParameter(f"{factor} is not at least 1 and finite", param_hint="--factor")
     with (
-        open_engine(network, threads=threads, device=device) as engine,
+        open_engine(network, threads=threads, device=device, spec=spec_of(spec_from)) as engine,
         # Opened before the loop: a place that cannot be written shall not cost the work.
         nullcontext() if output is None else whole_file(output) as partial,
         ExitStack() as stack,

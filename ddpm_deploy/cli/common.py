@@ -53,6 +53,12 @@ Observe = Annotated[
         "mod N. May be repeated.",
     ),
 ]
+SpecOf = Annotated[
+    Path | None,
+    typer.Option(
+        "--spec", help="An engine made from the checkpoint: says of it what its file does not."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -63,6 +69,13 @@ def _seed(value: int) -> int:
 
 
 Seed = Annotated[int, typer.Option(min=0, callback=_seed, help="Seed of the noise.")]
+
+
+def spec_of(path: Path | None) -> ModelSpec | None:
+    """Reads `--spec`; errors as from `read_spec`."""
+    from ddpm_deploy.engines.base import read_spec
+
+    return None if path is None else read_spec(path)
 
 
 @contextmanager

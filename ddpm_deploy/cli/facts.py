@@ -47,13 +47,32 @@ class Facts:
     missing: str = ""
 
 
-def checkpoint_facts(file: Path) -> Facts:
-    """Opens a checkpoint; errors as from `open_engine`."""
-    from ddpm_deploy.engines import open_engine
+def checkpoint_facts(file: Path, **said: Any) -> Facts:
+    """Reads a checkpoint; arguments and errors as `load_network`."""
+    from ddpm_deploy.cli.describe_checkpoint import facts_rows
+    from ddpm_deploy.engines.base import needs
 
-    with open_engine(file, device="cpu") as engine:
-        data = {"kind": "checkpoint", "engine": engine.name, "fused": False, "precision": "fp32"}
-        return Facts(kind=f"checkpoint, for {engine.name}", spec=engine.spec, data=data, rows=[])
+    with needs("torch", extra="export"):
+        from ddpm_deploy.model import load_network
+    loaded = load_network(file, **said)
+    data = {
+        "kind": "checkpoint",
+        "engine": "torch CPU",
+        "fused": False,
+        "precision": "fp32",
+        "facts": [asdict(fact) for fact in loaded.facts],
+    }
+    rows = [
+        ("found", f"{name}: {value} ({source})")
+        for name, value, source, _ in facts_rows(loaded.facts)
+        if source != "ASSUMED"
+    ]
+    rows += [
+        ("assumed", f"{name}: {value} ({option})")
+        for name, value, source, option in facts_rows(loaded.facts)
+        if source == "ASSUMED"
+    ]
+    return Facts(kind="checkpoint, for torch CPU", spec=loaded.spec, data=data, rows=rows)
 
 
 def plan_facts(file: Path) -> Facts:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ddpm_deploy.cli.common import Json, note, print_json, print_table, size
+from ddpm_deploy.cli.describe_checkpoint import parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ddpm_deploy.spec import Condition, ModelSpec
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 
 def command(
     file: Annotated[Path, typer.Argument(help="An engine or a checkpoint.")],
+    image_size: Annotated[
+        str | None, typer.Option(help="Of a checkpoint that does not say: 32, or 16x24.")
+    ] = None,
+    said: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A fact of a checkpoint that does not say: --set heads=4."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Print what a file is: network, precision, memory, where it runs.
@@ -37,8 +45,11 @@ def command(
         case ".onnx":
             facts = graph_facts(file)
         case _:
-            facts = checkpoint_facts(file)
-    nbytes, digest = file.stat().st_size, sha256(file)
+            facts = checkpoint_facts(
+                file, image_size=parse_size(image_size), settings=parse_settings(said or [])
+            )
+    nbytes = file.stat().st_size
+    digest = facts.spec.checkpoint_sha256 if facts.spec and file.is_dir() else sha256(file)
     if facts.missing:
         note(f"note: {facts.missing}")
     if json:

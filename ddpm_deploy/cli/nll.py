@@ -12,11 +12,13 @@ from ddpm_deploy.cli.common import (
     Json,
     Progress,
     Seed,
+    SpecOf,
     Threads,
     note,
     print_json,
     print_table,
     settings,
+    spec_of,
 )
 from ddpm_deploy.errors import DataError
 
@@ -51,6 +53,7 @@ def command(
     label_free: Annotated[
         bool, typer.Option("--label-free", help="Give the null label, not the data's labels.")
     ] = False,
+    spec_from: SpecOf = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -63,6 +66,8 @@ def command(
     stays the same. A network that never saw t = 0 in training (dome272's) is
     measured there all the same, in L_0.
     """
+    import numpy as np
+
     from ddpm_deploy.arrays import Samples, Timesteps
     from ddpm_deploy.bound import bound, pooled
     from ddpm_deploy.data import open_data
@@ -71,7 +76,7 @@ def command(
     from ddpm_deploy.noise import SeededNoise
     from ddpm_deploy.run import batch_for
 
-    with open_engine(engine, threads=threads, device=device) as opened:
+    with open_engine(engine, threads=threads, device=device, spec=spec_of(spec_from)) as opened:
         spec = opened.spec
         if not is_picture(spec.sample_shape):
             raise DataError(f"Samples of {engine} are {spec.sample_shape}: no pictures.")
@@ -93,9 +98,11 @@ def command(
 
         def part(indices: Timesteps) -> Bound:
             of_these = {name: values[indices] for name, values in conditions.items()}
+            sees = spec.self_condition
 
             def counted(x: Samples, t: Timesteps) -> Samples:
-                out = opened(x, t, **of_these)
+                last_x0 = {sees.name: np.zeros_like(x)} if sees else {}  # a single step has none
+                out = opened(x, t, **of_these, **last_x0)
                 progress.advance(len(x))
                 return out
 

@@ -15,9 +15,17 @@ from ddpm_deploy.engines.device import find_device
 from ddpm_deploy.engines.plan import read_record
 from ddpm_deploy.engines.rebuild import rebuild_arguments
 from ddpm_deploy.errors import EngineError, PlanMismatchError
+from ddpm_deploy.spec import ModelSpec
 
 
-def open_or_rebuild(path: Path, *, rebuild: bool, threads: int | None, device: str) -> Engine:
+def open_or_rebuild(
+    path: Path,
+    *,
+    rebuild: bool,
+    threads: int | None,
+    device: str,
+    spec: ModelSpec | None = None,
+) -> Engine:
     """Opens an engine; a plan that is not for this machine is built again, if that is wanted.
 
     Args:
@@ -25,6 +33,7 @@ def open_or_rebuild(path: Path, *, rebuild: bool, threads: int | None, device: s
         rebuild: Whether to build; else the error's hint says that `--rebuild` does.
         threads: CPU threads.
         device: `cpu`, `cuda` or `auto`.
+        spec: What a checkpoint is that does not say.
 
     Raises:
         EngineError: As from `open_engine`; or nothing says how the plan was built.
@@ -35,7 +44,7 @@ def open_or_rebuild(path: Path, *, rebuild: bool, threads: int | None, device: s
             f"--rebuild is for a TensorRT plan; {path} is none.", hint="Leave --rebuild out."
         )
     try:
-        return open_engine(path, threads=threads, device=device)
+        return open_engine(path, threads=threads, device=device, spec=spec)
     except PlanMismatchError as mismatch:
         record = read_record(path)
         if not rebuild:

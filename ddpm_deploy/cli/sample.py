@@ -19,6 +19,7 @@ from ddpm_deploy.cli.common import (
     SamplerName,
     Seed,
     SpacingName,
+    SpecOf,
     Steps,
     Threads,
     note,
@@ -26,6 +27,7 @@ from ddpm_deploy.cli.common import (
     print_json,
     recipe_of,
     settings,
+    spec_of,
 )
 from ddpm_deploy.errors import DDPMDeployError
 
@@ -50,6 +52,7 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
+    spec_from: SpecOf = None,
     gif: Annotated[
         bool, typer.Option("--gif", help="Also x0.gif: predicted x_0 unfolding.")
     ] = False,
@@ -73,7 +76,9 @@ def command(
     from ddpm_deploy.noise import SeededNoise
     from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Run, batch_for, recorded_batch
 
-    with open_or_rebuild(engine, rebuild=rebuild, threads=threads, device=device) as opened:
+    with open_or_rebuild(
+        engine, rebuild=rebuild, threads=threads, device=device, spec=spec_of(spec_from)
+    ) as opened:
         recipe = recipe_of(
             opened.spec,
             seed=seed,

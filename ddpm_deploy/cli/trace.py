@@ -18,11 +18,13 @@ from ddpm_deploy.cli.common import (
     SamplerName,
     Seed,
     SpacingName,
+    SpecOf,
     Steps,
     Threads,
     note_untrained,
     recipe_of,
     settings,
+    spec_of,
 )
 from ddpm_deploy.errors import TraceError
 
@@ -56,6 +58,7 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
+    spec_from: SpecOf = None,
     polygraphy: Annotated[
         Path | None,
         typer.Option(help="Folder: also the network's inputs and outputs for Polygraphy."),
@@ -92,7 +95,7 @@ def command(
             hint=f"Type -o {path.with_suffix(SUFFIX)}",
         )
     with (
-        open_engine(engine, threads=threads, device=device) as opened,
+        open_engine(engine, threads=threads, device=device, spec=spec_of(spec_from)) as opened,
         # Opened before the loop: a place that cannot be written shall not cost the work.
         whole_file(path) as partial,
     ):

@@ -50,7 +50,7 @@ class Guided(nn.Module):
         doubled[self.place] = torch.cat([y, torch.full_like(y, self.null)])
         out: Tensor = self.network(torch.cat([x, x]), torch.cat([t, t]), *doubled)
         # Not chunk, whose lengths the exporter wants to know.
-        wanted, plain = out.unflatten(0, (2, -1)).unbind(0)
+        wanted, plain = out.reshape(2, -1, *out.shape[1:]).unbind(0)
         if wanted.shape[1] == self.channels:
             return plain + self.scale * (wanted - plain)
         # A learned variance stays that of the wanted label: guidance would leave its range.
