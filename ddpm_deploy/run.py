@@ -25,7 +25,7 @@ from ddpm_deploy._version import __version__
 from ddpm_deploy.arrays import Array, Pixels, Samples
 from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.errors import DataError, EngineError, EngineInputError, RunError
-from ddpm_deploy.files import sha256, whole_file, write_text
+from ddpm_deploy.files import whole_file, write_text
 from ddpm_deploy.fused import denoise_fused, noise_threads
 from ddpm_deploy.images import grid, is_picture, read_picture, to_pixels, write_gif, write_png
 from ddpm_deploy.noise import SeededNoise
@@ -570,7 +570,7 @@ class Run:
         sampler, loop = recipe.loop(engine.spec)
         observed = json.dumps(dict(recipe.observations), sort_keys=True)
         return {
-            "engine sha256": sha256(engine.path),
+            "engine sha256": engine.sha256,
             "runtime": engine.describe()["runtime"],
             "device": engine.name,
             "seed": recipe.seed,

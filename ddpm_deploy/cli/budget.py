@@ -28,6 +28,7 @@ from ddpm_deploy.cli.common import (
     print_table,
     recipe_of,
     settings,
+    spec_of,
 )
 from ddpm_deploy.errors import DDPMDeployError
 
@@ -160,16 +161,18 @@ def _origin(engine: Engine, recipe: Recipe, count: int, chosen: Expectation) -> 
 
     from ddpm_deploy import Recipe
     from ddpm_deploy._version import __version__
-    from ddpm_deploy.files import sha256
 
     told = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
+    sampler, loop = recipe.loop(engine.spec)
+    told |= {"sampler": sampler, "steps": loop.steps, "eta": loop.eta, "spacing": loop.spacing}
+    told["observations"] = ", ".join(recipe.observations) or None
     if isinstance(recipe.steps, tuple):
         told["steps"] = f"{len(recipe.steps)} timesteps, drawn over the schedule"
     said = ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
     return "\n".join(
         [
             f"What a loop in {chosen.arithmetic} may differ by. docs/parity.md has the derivation.",
-            f"network: {Path(engine.path).name}, SHA-256 {sha256(Path(engine.path))}",
+            f"network: {Path(engine.path).name}, SHA-256 {engine.sha256}",
             f"loop: {said}; {count} images",
             f"expected at worst: local error of the output {chosen.worst('local', 'out'):.1e}, "
             f"accumulated error of x {chosen.worst('accumulated', 'x'):.1e}",

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ddpm_deploy.images import is_picture
+
 if TYPE_CHECKING:
     from ddpm_deploy.model.facts import Fact
+    from ddpm_deploy.spec import ModelSpec
 
 
 def parse_size(text: str | None) -> tuple[int, ...] | None:
@@ -48,6 +51,24 @@ def facts_rows(facts: Sequence[Fact]) -> Iterator[tuple[str, str, str, str]]:
             value = "none"
         assumed = fact.source == "assumed"
         yield fact.name, str(value), fact.source.upper() if assumed else fact.source, fact.option
+
+
+def loop_in_words(spec: ModelSpec) -> str:
+    """Returns the loop that `sample` runs where nothing is typed, in words."""
+    loop = spec.sampling
+    words = [spec.sampler, f"{len(spec.table())} of {spec.schedule.T} timesteps"]
+    if spec.sampler == "ddim":
+        words.append(f"eta {loop.eta:g}")
+    elif spec.sampler == "ddpm":
+        words.append(f"variance {spec.variance}")
+    if isinstance(loop.steps, int) and loop.steps < spec.schedule.T:
+        words.append(f"spacing {loop.spacing}")
+    words.append("x_0 not clipped" if spec.clip is None else f"x_0 clipped to ±{spec.clip:g}")
+    if is_picture(spec.sample_shape):
+        words.append(f"pixels {'truncated' if spec.rounding == 'truncate' else 'rounded'}")
+    elif spec.restore is not None:
+        words.append("results in their own units")
+    return ", ".join(words)
 
 
 def print_facts(facts: Sequence[Fact]) -> None:

@@ -8,7 +8,12 @@ from typing import Annotated
 import typer
 
 from ddpm_deploy.cli.common import Json, note, print_json, settings
-from ddpm_deploy.cli.describe_checkpoint import parse_settings, parse_size, print_facts
+from ddpm_deploy.cli.describe_checkpoint import (
+    loop_in_words,
+    parse_settings,
+    parse_size,
+    print_facts,
+)
 
 
 def command(
@@ -86,6 +91,7 @@ def command(
     shape = "x".join(map(str, spec.sample_shape))
     note(f"{checkpoint}: {spec.family}, {spec.weights} weights, {shape}")
     print_facts(loaded.facts)
+    note(f"its own loop, which sample runs: {loop_in_words(spec)}")
     with settings("See: ddpm-deploy export --help"):
         exported = export_network(loaded.network, spec, output, opset=opset)
     worst = max(d.relative for d in exported.deviations)

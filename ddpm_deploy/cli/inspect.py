@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ddpm_deploy.cli.common import Json, note, print_json, print_table, size
-from ddpm_deploy.cli.describe_checkpoint import parse_settings, parse_size
+from ddpm_deploy.cli.describe_checkpoint import loop_in_words, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ddpm_deploy.spec import Condition, ModelSpec
@@ -83,11 +83,17 @@ def spec_rows(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield "schedule", str(spec.schedule)
     yield "predicts", f"{spec.prediction}, variance {spec.variance}"
     yield "x_0", "not clipped" if spec.clip is None else f"clipped to ±{spec.clip:g}"
-    yield "sampler", f"{spec.sampler} (its family's own), pixels rounded: {spec.rounding}"
+    yield "sampler", f"{loop_in_words(spec)} (its family's own)"
     yield "trained at", f"t = {spec.first_timestep} to {spec.schedule.T - 1}"
     yield "family", spec.family
     yield "checkpoint", spec.checkpoint_sha256 or "not recorded"
     yield "written by", f"ddpm-deploy {spec.tool_version}"
+    if spec.weights:
+        yield "weights", spec.weights
+    if spec.guidance is not None:
+        yield "guidance", f"inside the graph, scale {spec.guidance:g}"
+    for name, value in spec.network.items():
+        yield "told", f"{name} {value}"
     for condition in spec.conditions:
         yield f"condition {condition.name}", describe(condition)
 

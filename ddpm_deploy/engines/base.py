@@ -12,6 +12,7 @@ import numpy as np
 
 from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.errors import EngineError, EngineInputError, MissingDependencyError
+from ddpm_deploy.files import sha256
 from ddpm_deploy.precision import Precision
 from ddpm_deploy.sampling import Transition
 from ddpm_deploy.spec import ModelSpec
@@ -66,6 +67,11 @@ class Engine(ABC):
                 hint="Export the network again: ddpm-deploy export CHECKPOINT",
             )
         return out
+
+    @property
+    def sha256(self) -> str:
+        """The hash of its file; of a folder's files, the checkpoint's."""
+        return sha256(self.path) if self.path.is_file() else self.spec.checkpoint_sha256
 
     def stepper(self, n: int) -> Stepper:
         """Returns the loop's state for n samples, kept where the runtime computes.

@@ -12,7 +12,6 @@ from typing import Any
 from ddpm_deploy._version import __version__
 from ddpm_deploy.arrays import Pixels
 from ddpm_deploy.engines import Engine, open_engine
-from ddpm_deploy.files import sha256
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.verify.budget import ARITHMETICS, Budget
@@ -190,7 +189,7 @@ def described(side: Side) -> dict[str, Any]:
     """Returns what a side is: runtime, file, hash, precision."""
     if isinstance(side, Engine):
         found = {**side.describe(), "precision": side.precision}
-        return {**found, "sha256": sha256(side.path)} if Path(side.path).is_file() else found
+        return {**found, "sha256": side.sha256} if Path(side.path).exists() else found
     if isinstance(side, Trace):
         return {"name": "trace", **side.source, "trace": True}
     return {"name": "loop"}

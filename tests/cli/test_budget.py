@@ -39,7 +39,7 @@ def test_the_file_is_a_budget_that_says_where_it_comes_from(exported: Path, name
     text = Path("budget.toml").read_text(encoding="utf-8")
     assert text.startswith("# What a loop in fp16 may differ by.")
     assert f"# network: {name}, SHA-256 {sha256(exported / name)}" in text
-    assert "# loop: seed 0, eta 0.0, spacing leading, guidance 1.0; 2 images" in text
+    assert "# loop: seed 0, sampler ddpm, eta 0.0, spacing leading, guidance 1.0; 2 images" in text
     assert "# allowed: 4 times what is expected" in text
     read = read_budget(Path("budget.toml"))
     assert {(limit.error, limit.quantity) for limit in read.limits} == {

@@ -61,10 +61,11 @@ def test_the_file_is_named_and_says_where_it_came_from(traced: Path) -> None:
 def test_stdout_is_the_path_and_stderr_the_account() -> None:
     outcome = export("ckpt.pt")
     assert (outcome.code, outcome.out) == (0, "unet.onnx\n")
-    first, *table, last = outcome.err.splitlines()
+    first, *table, loop, last = outcome.err.splitlines()
     assert first == "ckpt.pt: test, ema weights, 1x8x8"
     assert [line.split()[0] for line in table[:4]] == ["what", "weights", "channels", "classes"]
     assert not any("ASSUMED" in line for line in table)  # a checkpoint of ours says all
+    assert loop.startswith("its own loop, which sample runs: ddpm, 20 of 20 timesteps, variance ")
     assert " nodes, opset 20, " in last
     assert last.endswith(" of the peak from PyTorch over 5 batches")
 
