@@ -81,7 +81,7 @@ INSIDE_FUNCTIONS = {
     ("cli.export", "onnxruntime"): "the check needs it, and says so before the work",
     ("data", "sklearn"): "the digits",
     ("engines.device", "cuda"): "what describes a GPU is of use where none can be asked",
-    ("model.checkpoint", "safetensors"): "files of that kind",
+    ("model.opening", "safetensors"): "files of that kind",
     ("verify.goldens", "polygraphy"): "a form that it alone reads",
 }
 
