@@ -22,6 +22,7 @@ from ddpm_deploy.sampling import (
     timesteps,
 )
 from ddpm_deploy.schedule import Schedule, cosine, linear, scaled_linear, sigmoid
+from ddpm_deploy.solvers import dpmpp_2m
 from ddpm_deploy.spec import Condition, ModelSpec
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ddpm",
     "denoise",
     "dome272",
+    "dpmpp_2m",
     "guided",
     "linear",
     "open_engine",

@@ -25,7 +25,9 @@ from ddpm_deploy.schedule import Schedule
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 Spacing = Literal["leading", "linspace", "trailing"]
-Sampler = Literal["ddpm", "ddim", "dome272"]
+Sampler = Literal["ddpm", "ddim", "dome272", "dpmpp_2m"]
+FinalSigma = Literal["zero", "least"]
+FirstOrderEnd = Literal["always", "few", "never"]
 
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
@@ -69,6 +71,11 @@ class Sampling:
         final: Past the last timestep lies the `clean` image, or, for `ddim`, what ᾱ of the `first`
             timestep says.
         noise_at_end: Whether `ddpm` adds noise at its last transition, too, where that is above 0.
+        order: Of `dpmpp_2m`: 1, or 2, which looks back.
+        karras: Whether `dpmpp_2m` spaces its σ as Karras et al. do, and not its timesteps.
+        final_sigma: `dpmpp_2m` ends at σ = `zero`, the clean image, or at the schedule's `least`.
+        first_order_end: Whether the last transition of `dpmpp_2m` is of first order: `always`,
+            `never`, or where there are `few`, less than 15. To σ = 0 it always is.
     """
 
     steps: int | tuple[int, ...] | None = None
@@ -79,6 +86,10 @@ class Sampling:
     previous: Literal["next", "stride"] = "next"
     final: Literal["clean", "first"] = "clean"
     noise_at_end: bool = False
+    order: int = 2
+    karras: bool = False
+    final_sigma: FinalSigma = "zero"
+    first_order_end: FirstOrderEnd = "few"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +199,12 @@ def timesteps(
             if not 0 <= offset <= T - 1 - (n - 1) * (T // n):
                 raise ValueError(f"{n} steps with offset {offset} leave 0..{T - 1}")
         case "linspace":
-            ascending = [round(k * (T - 1) / (n - 1)) for k in range(n)] if n > 1 else [T - 1]
+            # NumPy's own sums, as diffusers has them: other roundings differ where t lies halfway.
+            evenly = np.linspace(0, T - 1, n).round() if n > 1 else [T - 1]
+            ascending = [int(t) for t in evenly]
         case "trailing":
-            ascending = [round(T - k * T / n) - 1 for k in range(n)][::-1]
+            descending = np.arange(T, 0, -T / n)[:n]  # its rounding may leave one too many
+            ascending = [int(t) - 1 for t in np.round(descending)][::-1]
         case _:
             raise ValueError(f"spacing is {spacing!r}; there are {', '.join(get_args(Spacing))}")
     return ascending[::-1]
@@ -218,7 +232,8 @@ def ddpm(
         clip: x_0 is clipped to [-clip, clip]; None leaves it.
         spacing: How `steps` are chosen, see `timesteps`.
         offset: Added to the timesteps of `leading` spacing.
-        noise_at_end: Whether the last transition adds noise, too, where it is not from t = 0.
+        noise_at_end: Whether the last transition adds noise, too, where it is not from t = 0: β's,
+            or what `learned_range` makes of it with 1e-20 in place of β̃, which is 0.
 
     Returns:
         The transitions in sampling order, noisiest first. The last one adds no noise.
@@ -236,6 +251,8 @@ def ddpm(
         std, log_std = _noise(schedule, t, s, variance)
         if s < 0 and not (noise_at_end and t > 0):
             std = 0.0
+        elif s < 0 and variance == "learned_range":
+            log_std = _log_std(math.log(1e-20), math.log(schedule.beta_between(s, t)))
         x0_from_x, x0_from_out = _x0(schedule, t, prediction)
         table.append(
             Transition(
@@ -522,12 +539,15 @@ def _noise(
         case "learned":
             std, log_std = 1.0, (0.0, 0.5)
         case "learned_range":
-            low, high = log_variance_range(schedule, t, s)
-            # log σ² = f·high + (1-f)·low with f = (v+1)/2 (Nichol & Dhariwal 2021, Eq. 15).
-            std, log_std = 1.0, ((high + low) / 4, (high - low) / 4)
+            std, log_std = 1.0, _log_std(*log_variance_range(schedule, t, s))
         case _:
             raise ValueError(f"variance is {variance!r}; there are {', '.join(get_args(Variance))}")
     return std, log_std
+
+
+def _log_std(low: float, high: float) -> tuple[float, float]:
+    """Returns (a, b) of log σ² = f·high + (1-f)·low, f = (v+1)/2 (Nichol & Dhariwal, Eq. 15)."""
+    return (high + low) / 4, (high - low) / 4
 
 
 def log_variance_range(schedule: Schedule, t: int, s: int) -> tuple[float, float]:

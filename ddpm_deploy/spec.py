@@ -19,6 +19,8 @@ from ddpm_deploy.arrays import Samples
 from ddpm_deploy.errors import SpecError
 from ddpm_deploy.sampling import (
     SAMPLERS,
+    FinalSigma,
+    FirstOrderEnd,
     Prediction,
     Sampler,
     Sampling,
@@ -30,6 +32,7 @@ from ddpm_deploy.sampling import (
     dome272,
 )
 from ddpm_deploy.schedule import Schedule, named_schedule
+from ddpm_deploy.solvers import dpmpp_2m
 
 FORMAT = 2
 """Version of the JSON form. A reader refuses a later one."""
@@ -195,8 +198,8 @@ class ModelSpec:
         """Returns a loop in full: the family's own, but for what is given.
 
         Args:
-            sampler: `ddpm`, `ddim` or `dome272`; the family's own when None. Another one than the
-                family's goes by the defaults of `Sampling`.
+            sampler: `ddpm`, `ddim`, `dome272` or `dpmpp_2m`; the family's own when None. Another
+                one than the family's goes by the defaults of `Sampling`.
             steps: Transitions to keep, or the timesteps to visit.
             eta: Share of noise for `ddim`, 0 to 1.
             spacing: How `steps` are chosen.
@@ -231,6 +234,8 @@ class ModelSpec:
         sampler, loop = self.loop(sampler, steps, eta=eta, spacing=spacing)
         if loop.eta and sampler == "ddpm":
             raise ValueError("eta belongs to ddim; ddpm's noise is fixed by its variance")
+        if loop.eta and sampler == "dpmpp_2m":
+            raise ValueError("eta belongs to ddim; dpmpp_2m adds no noise")
         match sampler:
             case "ddim":
                 return ddim(
@@ -258,6 +263,18 @@ class ModelSpec:
                 )
             case "dome272":
                 return self._dome272(loop)
+            case "dpmpp_2m":
+                return dpmpp_2m(
+                    self.schedule,
+                    loop.steps,
+                    prediction=self.prediction,
+                    order=loop.order,
+                    spacing=loop.spacing,
+                    offset=loop.offset,
+                    karras=loop.karras,
+                    final_sigma=loop.final_sigma,
+                    first_order_end=loop.first_order_end,
+                )
             case _:
                 raise ValueError(f"sampler is {sampler!r}; there are {', '.join(SAMPLERS)}")
 
@@ -444,6 +461,10 @@ def _check_sampling(sampling: Sampling, T: int) -> None:  # noqa: N803
         ("previous", sampling.previous, ("next", "stride")),
         ("final", sampling.final, ("clean", "first")),
         ("noise_at_end", sampling.noise_at_end, (False, True)),
+        ("order", sampling.order, (1, 2)),
+        ("karras", sampling.karras, (False, True)),
+        ("final_sigma", sampling.final_sigma, get_args(FinalSigma)),
+        ("first_order_end", sampling.first_order_end, get_args(FirstOrderEnd)),
     ]:
         if value not in allowed:
             raise ValueError(f"the {name} of its loop is {value!r}; there are {allowed}")

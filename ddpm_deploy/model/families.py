@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ddpm_deploy.errors import CheckpointError
+from ddpm_deploy.model.diffusers import DIFFUSERS
 from ddpm_deploy.model.dome272 import DOME272
 from ddpm_deploy.model.family import Family, State
 
-FAMILIES: tuple[Family, ...] = (DOME272,)
+FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSERS)
 
 
 def detect(state: State, *, source: str) -> Family:
