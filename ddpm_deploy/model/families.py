@@ -5,8 +5,9 @@ from __future__ import annotations
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.dome272 import DOME272
 from ddpm_deploy.model.family import Family, State
+from ddpm_deploy.model.lucidrains import LUCIDRAINS
 
-FAMILIES: tuple[Family, ...] = (DOME272,)
+FAMILIES: tuple[Family, ...] = (DOME272, LUCIDRAINS)
 
 
 def detect(state: State, *, source: str) -> Family:
