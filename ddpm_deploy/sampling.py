@@ -24,7 +24,7 @@ from ddpm_deploy.schedule import Schedule
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
-Spacing = Literal["leading", "linspace", "trailing"]
+Spacing = Literal["leading", "linspace", "trailing", "trailing_floor"]
 Sampler = Literal["ddpm", "ddim", "dome272", "dpmpp_2m"]
 FinalSigma = Literal["zero", "least"]
 FirstOrderEnd = Literal["always", "few", "never"]
@@ -170,7 +170,8 @@ def timesteps(
         T: Length of the training schedule.
         steps: How many to keep, 1 to T; all when None. Or the timesteps themselves, in any order.
         spacing: `leading` counts whole strides from 0, `linspace` spreads evenly over 0..T-1 with
-            both ends, `trailing` counts down from T-1.
+            both ends, `trailing` counts down from T-1 in strides of T/steps and rounds,
+            `trailing_floor` cuts the fractions off, as lucidrains' code does in float32.
         offset: Added to the timesteps of `leading` spacing.
 
     Returns:
@@ -205,6 +206,8 @@ def timesteps(
         case "trailing":
             descending = np.arange(T, 0, -T / n)[:n]  # its rounding may leave one too many
             ascending = [int(t) - 1 for t in np.round(descending)][::-1]
+        case "trailing_floor":
+            ascending = _cut(T, n)
         case _:
             raise ValueError(f"spacing is {spacing!r}; there are {', '.join(get_args(Spacing))}")
     return ascending[::-1]
@@ -492,6 +495,19 @@ def guided(predict: Predictor, scale: float) -> Predictor:
         return out if v is None else np.concatenate([out, v], axis=1)
 
     return predict_guided
+
+
+def _cut(T: int, n: int) -> list[int]:  # noqa: N803
+    """Returns int(linspace(-1, T-1, n+1)) without its first number, -1, as torch computes it.
+
+    Torch's numbers are float32, from the nearer end, with one rounding after multiply and add: the
+    exact quotient cuts to another number where its own falls below a whole one.
+    """
+    step = float(np.float32(T) / np.float32(n))
+    low = np.arange(1, n + 1)
+    near_end = low >= (n + 1) // 2
+    exact = np.where(near_end, T - 1 - step * (n - low), -1 + step * low)
+    return [int(t) for t in exact.astype(np.float32)]
 
 
 def _pairs(descending: list[int]) -> Iterator[tuple[int, int]]:

@@ -6,8 +6,9 @@ from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.diffusers import DIFFUSERS
 from ddpm_deploy.model.dome272 import DOME272
 from ddpm_deploy.model.family import Family, State
+from ddpm_deploy.model.lucidrains import LUCIDRAINS
 
-FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSERS)
+FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSERS, LUCIDRAINS)
 
 
 def detect(state: State, *, source: str) -> Family:

@@ -1,0 +1,190 @@
+"""What lucidrains/denoising-diffusion-pytorch and its users save, taken out of its wrapping."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_deploy.errors import CheckpointError
+from ddpm_deploy.model.family import Opened, State, Weights
+
+BUFFERS = frozenset(
+    {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod"}
+    | {"sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod"}
+    | {"sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance"}
+    | {"posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"}
+    | {"loss_weight", "p2_loss_weight"}
+)
+"""What GaussianDiffusion holds besides the network: numbers for each timestep."""
+
+_ONLINE = ("model", "model_state_dict", "state_dict", "diffusion", "unet", "net")
+_EMA = ("ema", "ema_model")
+
+_OTHERS = (
+    (
+        r"^time_mlp\.0\.weights$",
+        "a UNet that takes time as learned or random Fourier features, for a diffusion in "
+        "continuous time, which has no list of steps",
+        "Train it with learned_sinusoidal_cond=False, random_fourier_features=False and "
+        "GaussianDiffusion.",
+    ),
+    (
+        r"^(null_classes_emb|classes_emb\.)",
+        "the UNet of classifier_free_guidance.py, which takes classes",
+        "Train the package's own Unet, without classes.",
+    ),
+    (
+        r"^time_rel_pos_bias\.|temporal_attn\.",
+        "a video UNet, whose samples have frames",
+        "Pictures and sequences can be exported: Unet and Unet1D.",
+    ),
+    (
+        r"^to_time_emb\.0\.weights$",
+        "a KarrasUnet, for a diffusion in continuous time, which has no list of steps",
+        "Train the package's Unet with GaussianDiffusion.",
+    ),
+    (
+        r"(^|\.)to_time_hiddens\.",
+        "a UNet of imagen-pytorch or DALLE2-pytorch, which takes text",
+        "The networks of denoising-diffusion-pytorch can be exported: Unet and Unet1D.",
+    ),
+    (
+        r"\.fn\.norm\.weight$",
+        "the UNet of Hugging Face's notebook The Annotated Diffusion Model, not of the package",
+        "Train the Unet of denoising-diffusion-pytorch 0.27.4 or later.",
+    ),
+    (
+        r"\.ds_conv\.|\.norm\.b$|^final_conv\.0\.",
+        "a UNet from before release 0.27.4 of denoising-diffusion-pytorch",
+        "Train it again with a release since 0.27.4.",
+    ),
+)
+"""Relatives by a name that only they have, what each is, and what to do."""
+
+
+def unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
+    """Takes the network and its diffusion's buffers out of a file; None where it has no buffers.
+
+    Args:
+        content: Of the file: what Trainer saved, what an EMA module of ema-pytorch holds, or what a
+            GaussianDiffusion holds, under a key or by itself.
+        path: Its path.
+        weights: `ema`, `online`, or the better of what is there.
+
+    Returns:
+        The UNet's tensors by their names in it, and the buffers by theirs.
+
+    Raises:
+        CheckpointError: It is a relative of the family's that is not supported, or does not hold
+            these weights.
+    """
+    from ddpm_deploy.model.checkpoint import choose_weights, strip_prefixes
+
+    found: dict[Weights, State] = {}
+    plain = True
+    for kind, part in _parts(content, path):
+        state = strip_prefixes(part)
+        buffers = {name: state.pop(name) for name in BUFFERS & state.keys()}
+        state = strip_prefixes(state)
+        refuse_relatives(state, str(path))
+        if kind not in found and {"init_conv.weight", "time_mlp.1.weight"} <= state.keys():
+            found[kind] = {**state, **buffers}
+            plain = plain and not buffers
+    if not found or (plain and not _is_trainer(content)):
+        return None
+    taken = choose_weights(found, path, weights)
+    return Opened(
+        path=path,
+        state=found[taken],
+        weights=taken,
+        choices=tuple(found),
+        content=content,
+    )
+
+
+def refuse_relatives(state: State, source: str) -> None:
+    """Refuses networks that lucidrains or others made likewise, by their name.
+
+    Args:
+        state: A network's tensors.
+        source: What to call the file in errors.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    if not any(name.startswith("downs.") or ".downs." in name for name in state):
+        return
+    for mark, what, hint in _OTHERS:
+        if name := next((name for name in state if re.search(mark, name)), None):
+            raise CheckpointError(
+                f"{source} is {what}: it has {name}. It cannot be exported.", hint=hint
+            )
+
+
+def own_weights(state: State, *, axes: int, standardise: str) -> dict[str, Tensor]:
+    """Returns a UNet's weights under the names, and in the shapes, of `LucidrainsUnet`.
+
+    Args:
+        state: As a file has them, of any release.
+        axes: 2 for pictures, 1 for sequences.
+        standardise: How the release standardises the weights of the blocks at every call: `add`,
+            `clamp` or empty.
+    """
+    own: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        new, value = name.replace(".fn.fn.", ".").replace(".fn.norm.", ".norm."), tensor
+        if axes == 2 and (unshuffled := re.fullmatch(r"(downs\.\d+\.3)\.1\.(weight|bias)", new)):
+            new = ".".join(unshuffled.groups())
+            if value.ndim == 4:  # its input channels are (c, row, column)
+                value = value.reshape(len(value), -1, 2, 2)
+        elif standardise and re.search(r"\.block[12]\.proj\.weight$", new):
+            value = _standardised(value.float(), clamp=standardise == "clamp")
+        own[new] = value
+    return own
+
+
+def _standardised(weight: Tensor, *, clamp: bool) -> Tensor:
+    """Returns weights with mean 0 and variance 1 in each filter (Qiao et al. 2019)."""
+    inputs = tuple(range(1, weight.ndim))
+    mean = weight.mean(dim=inputs, keepdim=True)
+    variance = weight.var(dim=inputs, keepdim=True, unbiased=False)
+    return (weight - mean) * (variance.clamp(min=1e-5) if clamp else variance + 1e-5).rsqrt()
+
+
+def _parts(content: Any, path: Path) -> list[tuple[Weights, Mapping[str, Any]]]:
+    """Returns what in a file may be a network, the better first."""
+    if not isinstance(content, Mapping):
+        return []
+    online = [content[key] for key in _ONLINE if _holds_tensors(content.get(key))]
+    ema = [content[key] for key in _EMA if _holds_tensors(content.get(key))]
+    if not online and not ema and _holds_tensors(content):
+        if any(str(key).startswith("ema_model.") for key in content):
+            ema = [content]
+        else:
+            return [("ema" if path.name.startswith("ema") else "online", content)]
+    parts: list[tuple[Weights, Mapping[str, Any]]] = []
+    for module in ema:
+        inside = {kind: _below(module, f"{kind}_model.") for kind in ("ema", "online")}
+        # Before ema-pytorch, the copy itself was saved.
+        parts.append(("ema", inside["ema"] or module))
+        online.append(inside["online"])
+    return [*parts, *(("online", part) for part in online if part)]
+
+
+def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+
+
+def _holds_tensors(part: Any) -> bool:
+    return isinstance(part, Mapping) and any(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in part.items()
+    )
+
+
+def _is_trainer(content: Any) -> bool:
+    return isinstance(content, Mapping) and {"step", "model", "ema"} <= content.keys()
