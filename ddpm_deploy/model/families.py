@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ddpm_deploy.errors import CheckpointError
+from ddpm_deploy.model.diffusion_policy import DIFFUSION_POLICY
 from ddpm_deploy.model.dome272 import DOME272
 from ddpm_deploy.model.family import Family, State
+from ddpm_deploy.model.lerobot import LEROBOT
 
-FAMILIES: tuple[Family, ...] = (DOME272,)
+FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSION_POLICY, LEROBOT)
 
 
 def detect(state: State, *, source: str) -> Family:
