@@ -91,6 +91,10 @@ class Facts:
         self._note(Fact(name=name, value=value, source=source, option=option))
         return value
 
+    def remark(self, name: str, value: Any, source: Source) -> None:
+        """Notes what follows from other facts, or what nothing can change."""
+        self._note(Fact(name=name, value=value, source=source))
+
     def ask(self, name: str, default: T, *, among: Sequence[T] = ()) -> T:
         """Returns what the user says, or the family's default, which is then assumed.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.diffusers import DIFFUSERS
+from ddpm_deploy.model.diffusion_policy import DIFFUSION_POLICY
 from ddpm_deploy.model.dome272 import DOME272
 from ddpm_deploy.model.family import Family, State
+from ddpm_deploy.model.lerobot import LEROBOT
 from ddpm_deploy.model.lucidrains import LUCIDRAINS
 
-FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSERS, LUCIDRAINS)
+FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSERS, LUCIDRAINS, DIFFUSION_POLICY, LEROBOT)
 
 
 def detect(state: State, *, source: str) -> Family:

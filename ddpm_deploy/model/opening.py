@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ddpm_deploy.errors import CheckpointError, MissingDependencyError
+from ddpm_deploy.model.inert import read_workspace
 
 _FOLDER = 0x10
 """The attribute by which the zip library in torch takes a record for a folder."""
@@ -20,6 +21,10 @@ _FOLDER = 0x10
 
 def read_content(path: Path) -> Any:
     """Reads a checkpoint file's content without running any code that is in it.
+
+    Returns:
+        What the file holds; of a policy's workspace, which is a pickle that runs code, what
+        `inert.read_workspace` makes of it.
 
     Raises:
         CheckpointError: The file is missing, damaged, or needs code to be read.
@@ -46,6 +51,8 @@ def read_content(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         if asked := _global_in(str(error)) or _global_of(path):
+            if (workspace := read_workspace(path)) is not None:
+                return workspace
             raise CheckpointError(
                 f"{path} is a pickle that runs code when it is read: it asks for {asked}. "
                 "ddpm-deploy reads tensors only, since such a file can do anything to this "
