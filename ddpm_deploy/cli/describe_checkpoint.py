@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -42,15 +42,16 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
 def facts_rows(facts: Sequence[Fact]) -> Iterator[tuple[str, str, str, str]]:
     """Yields name, value, source, and what to type to say otherwise, of each fact."""
     for fact in facts:
-        value = fact.value
-        if isinstance(value, list | tuple):
-            value = ",".join(map(str, value))
-        elif isinstance(value, bool):
-            value = "yes" if value else "no"
-        elif value is None:
-            value = "none"
-        assumed = fact.source == "assumed"
-        yield fact.name, str(value), fact.source.upper() if assumed else fact.source, fact.option
+        source = fact.source.upper() if fact.source == "assumed" else fact.source
+        yield fact.name, _in_words(fact.value), source, fact.option
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_in_words, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def loop_in_words(spec: ModelSpec) -> str:
@@ -80,11 +81,12 @@ def print_facts(facts: Sequence[Fact]) -> None:
     if not facts:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("what", "value", "from", "to say otherwise"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("what", "value", "from", "otherwise type"):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "value")
     for name, value, source, option in facts_rows(facts):
         style = "bold yellow" if source == "ASSUMED" else ""
-        table.add_row(*(Text(part, style=style) for part in (name, value, source, option)))
+        typed = "--set WHAT=..." if option.startswith("--set") else option
+        table.add_row(*(Text(part, style=style) for part in (name, value, source, typed)))
     console = Console(file=sys.stderr, highlight=False)
     with console.capture() as captured:
         console.print(table)

@@ -93,7 +93,7 @@ def spec_rows(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     if spec.guidance is not None:
         yield "guidance", f"inside the graph, scale {spec.guidance:g}"
     for name, value in spec.network.items():
-        yield "told", f"{name} {value}"
+        yield "facts", f"{name} {value}"
     for condition in spec.conditions:
         yield f"condition {condition.name}", describe(condition)
 

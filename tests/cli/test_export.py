@@ -89,6 +89,7 @@ def test_what_was_assumed_is_said() -> None:
     assert outcome.code == 0, outcome.err
     lines = {line.split("  ")[0]: line.split() for line in outcome.err.splitlines()}
     assert lines["prediction"] == ["prediction", "epsilon", "ASSUMED", "--prediction"]
+    assert lines["heads"] == ["heads", "4", "ASSUMED", "--set", "WHAT=..."]
     assert lines["image size"][2:4] == ["8x8", "flag"]
     assert lines["channels"] == ["channels", "1", "weights"]
     spec = open_engine("unet.onnx").spec
