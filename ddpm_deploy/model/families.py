@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ddpm_deploy.errors import CheckpointError
+from ddpm_deploy.model.ddim_port import DDIM
 from ddpm_deploy.model.diffusers import DIFFUSERS
 from ddpm_deploy.model.dome272 import DOME272
 from ddpm_deploy.model.family import Family, State
 
-FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSERS)
+FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSERS, DDIM)
 
 
 def detect(state: State, *, source: str) -> Family:
