@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ddpm_deploy.errors import CheckpointError
+from ddpm_deploy.model.ddim_port import DDIM
 from ddpm_deploy.model.diffusers import DIFFUSERS
 from ddpm_deploy.model.diffusion_policy import DIFFUSION_POLICY
 from ddpm_deploy.model.dome272 import DOME272
@@ -10,7 +11,14 @@ from ddpm_deploy.model.family import Family, State
 from ddpm_deploy.model.lerobot import LEROBOT
 from ddpm_deploy.model.lucidrains import LUCIDRAINS
 
-FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSERS, LUCIDRAINS, DIFFUSION_POLICY, LEROBOT)
+FAMILIES: tuple[Family, ...] = (
+    DOME272,
+    DIFFUSERS,
+    DDIM,
+    LUCIDRAINS,
+    DIFFUSION_POLICY,
+    LEROBOT,
+)
 
 
 def detect(state: State, *, source: str) -> Family:
