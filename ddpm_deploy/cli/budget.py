@@ -15,6 +15,7 @@ from ddpm_deploy.cli.common import (
     Json,
     Label,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
@@ -62,6 +63,7 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
@@ -107,6 +109,7 @@ def command(
             spacing=spacing,
             label=label,
             guidance=guidance,
+            respacing=respacing,
         )
         with settings("See: ddpm-deploy budget --help"):
             loop = engine_loop(engine, recipe, range(count))

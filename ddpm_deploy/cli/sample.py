@@ -15,6 +15,7 @@ from ddpm_deploy.cli.common import (
     Json,
     Label,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
@@ -41,6 +42,7 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     start: Annotated[int, typer.Option(min=0, help="Index of the first image, for shards.")] = 0,
     batch: Annotated[
@@ -81,6 +83,7 @@ def command(
             spacing=spacing,
             label=label,
             guidance=guidance,
+            respacing=respacing,
         )
         with settings("See: ddpm-deploy sample --help"):
             table = recipe.table(opened.spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Label,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
@@ -51,6 +53,7 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
@@ -98,13 +101,15 @@ def command(
         recipe = recipe_of(
             spec,
             seed=seed,
-            sampler=sampler or spec.sampler,
+            sampler=sampler,
             steps=steps,
             eta=eta,
             spacing=spacing,
             label=label,
             guidance=guidance,
+            respacing=respacing,
         )
+        recipe = replace(recipe, sampler=recipe.sampler or spec.sampler)
         if polygraphy or trtexec:
             check_calls(spec, recipe)
         if polygraphy:

@@ -19,6 +19,7 @@ from ddpm_deploy.cli.common import (
     Json,
     Label,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
@@ -44,7 +45,17 @@ ROWS = 12
 REPORTS = (".json", ".html", ".xml", ".sarif")
 
 _PARTS = ("out", "x0", "x")
-_OF_THE_LOOP = ("count", "sampler", "steps", "eta", "spacing", "seed", "label", "guidance")
+_OF_THE_LOOP = (
+    "count",
+    "sampler",
+    "steps",
+    "eta",
+    "spacing",
+    "respacing",
+    "seed",
+    "label",
+    "guidance",
+)
 
 
 def command(
@@ -101,6 +112,7 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
@@ -143,6 +155,7 @@ def command(
             spacing=spacing,
             label=label,
             guidance=guidance,
+            respacing=respacing,
         )
         with settings("See: ddpm-deploy verify --help"), ExitStack() as bar:
             watch = _Watch(bar, deployed)
