@@ -76,7 +76,7 @@ def peer_run(
     *,
     ddim: bool = False,
     labels: NDArray[Any] | None = None,
-    **settings: Any,
+    eta: float | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Runs a project's own loop, and records every step of it."""
     recorder = Recorder(network)
@@ -88,7 +88,7 @@ def peer_run(
             noise=torch.from_numpy(x.copy()),
             device="cpu",
             model_kwargs={} if labels is None else {"y": torch.from_numpy(labels)},
-            **settings,
+            **({} if eta is None else {"eta": eta}),
         )
         states = [x, *(step["sample"].numpy() for step in steps)]
     final = torch.from_numpy(states[-1])
@@ -225,7 +225,7 @@ def _write(folder: Path, variant: Mapping[str, Any], network: Any) -> None:
     _save(folder / "io.npz", io)
     for run, named in variant["runs"].items():
         more = dict(named)
-        settings = {"eta": more.pop("eta")} if "eta" in more else {}
+        eta = more.pop("eta", None)
         recorded = peer_run(
             network,
             diffusion_of(variant["project"], **flags, **more),
@@ -233,7 +233,7 @@ def _write(folder: Path, variant: Mapping[str, Any], network: Any) -> None:
             normal(10, 2, 3, SIZE, SIZE),
             ddim=run.startswith("ddim"),
             labels=np.array([7, 207], dtype=np.int64) if labelled else None,
-            **settings,
+            eta=eta,
         )
         _save(folder / f"{run}.npz", recorded)
 
