@@ -16,6 +16,7 @@ from ddpm_deploy.cli.common import (
     Label,
     Observe,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
@@ -65,6 +66,7 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
@@ -114,6 +116,7 @@ def command(
             guidance=guidance,
             observe=observe,
             example=True,
+            respacing=respacing,
         )
         with settings("See: ddpm-deploy budget --help"):
             loop = engine_loop(engine, recipe, range(count))

@@ -37,6 +37,10 @@ Eta = Annotated[
 SpacingName = Annotated[
     str | None, typer.Option(help="How --steps are chosen: leading, linspace or trailing.")
 ]
+Respacing = Annotated[
+    str | None,
+    typer.Option(help="Timesteps as OpenAI's timestep_respacing: 250, 10,15,20 or ddim25."),
+]
 Label = Annotated[
     str | None,
     typer.Option(help="Class: 3, cat, or 0,1,2 in turn, or none; all if left out."),
@@ -134,6 +138,7 @@ def recipe_of(
     guidance: float,
     observe: Sequence[str] | None = None,
     example: bool = False,
+    respacing: str | None = None,
 ) -> Recipe:
     """Makes a recipe of the options that say what loop it is; its table refuses unknown names.
 
@@ -149,11 +154,23 @@ def recipe_of(
         observe: The `--observe`s, as they were typed.
         example: Whether observations may be standard normal numbers where none is given, for loops
             that are compared or timed.
+        respacing: `--respacing`; ddim and a number also choose that sampler, where none is named.
     """
     from typing import cast
 
+    from ddpm_deploy.respacing import respaced, respaced_sampler
     from ddpm_deploy.run import Recipe
     from ddpm_deploy.sampling import Sampler, Spacing
+
+    if respacing is not None:
+        if steps is not None or spacing is not None:
+            raise typer.BadParameter(
+                "it chooses the timesteps itself; leave --steps, --spacing and --timesteps out",
+                param_hint="--respacing",
+            )
+        with settings("Type --respacing 100, or ddim and a number, such as --respacing ddim25"):
+            steps = respaced(spec.schedule.T, respacing)
+        sampler = sampler or respaced_sampler(respacing)
 
     return Recipe(
         seed=seed,

@@ -16,6 +16,7 @@ from ddpm_deploy.cli.common import (
     Label,
     Observe,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
@@ -44,6 +45,7 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     start: Annotated[int, typer.Option(min=0, help="Index of the first image, for shards.")] = 0,
     batch: Annotated[
@@ -89,6 +91,7 @@ def command(
             label=label,
             guidance=guidance,
             observe=observe,
+            respacing=respacing,
         )
         with settings("See: ddpm-deploy sample --help"):
             table = recipe.table(opened.spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from ddpm_deploy.cli.common import (
     Label,
     Observe,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
@@ -54,6 +56,7 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
@@ -103,7 +106,7 @@ def command(
         recipe = recipe_of(
             spec,
             seed=seed,
-            sampler=sampler or spec.sampler,
+            sampler=sampler,
             steps=steps,
             eta=eta,
             spacing=spacing,
@@ -111,7 +114,9 @@ def command(
             guidance=guidance,
             observe=observe,
             example=True,
+            respacing=respacing,
         )
+        recipe = replace(recipe, sampler=recipe.sampler or spec.sampler)
         if polygraphy or trtexec:
             check_calls(spec, recipe)
         if polygraphy:

@@ -20,6 +20,7 @@ from ddpm_deploy.cli.common import (
     Label,
     Observe,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
@@ -45,7 +46,17 @@ ROWS = 12
 REPORTS = (".json", ".html", ".xml", ".sarif")
 
 _PARTS = ("out", "x0", "x")
-_OF_THE_LOOP = ("count", "sampler", "steps", "eta", "spacing", "seed", "label", "guidance")
+_OF_THE_LOOP = (
+    "count",
+    "sampler",
+    "steps",
+    "eta",
+    "spacing",
+    "respacing",
+    "seed",
+    "label",
+    "guidance",
+)
 
 
 def command(
@@ -102,6 +113,7 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
@@ -147,6 +159,7 @@ def command(
             guidance=guidance,
             observe=observe,
             example=True,
+            respacing=respacing,
         )
         with settings("See: ddpm-deploy verify --help"), ExitStack() as bar:
             watch = _Watch(bar, deployed)

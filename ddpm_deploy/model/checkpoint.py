@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -195,11 +196,9 @@ def _unwrap(
             hint="Save the weights alone: torch.save(model.state_dict(), 'ckpt.pt')",
         )
     if content.keys() == {"state", "param_groups"}:
-        siblings = [n for n in ("ema_ckpt.pt", "ckpt.pt") if (path.parent / n).is_file()]
-        sibling = path.parent / (siblings[0] if siblings else "ckpt.pt")
         raise CheckpointError(
             f"{path} is an optimizer's state, not a network.",
-            hint=f"The weights are usually beside it: ddpm-deploy export {sibling}",
+            hint=f"The weights are usually beside it: ddpm-deploy export {_sibling(path)}",
         )
     found: dict[Weights, Mapping[str, Any]] = {}
     for kind, keys in _WRAPPERS.items():
@@ -223,6 +222,16 @@ def _unwrap(
         return content, only, (only,)
     taken = choose_weights(found, path, weights)
     return found[taken], taken, tuple(found)
+
+
+def _sibling(path: Path) -> Path:
+    """Returns the weights that an optimizer's file belongs to: the EMA's, of the same step."""
+    step = re.search(r"\d+$", path.stem)
+    ending = f"{step[0] if step else ''}.pt"
+    for name in ("ema_ckpt.pt", f"ema_*{ending}", "ckpt.pt", f"model*{ending}"):
+        if found := sorted(path.parent.glob(name)):
+            return found[-1]
+    return path.parent / "ckpt.pt"
 
 
 def _read(family: Family, opened: Opened, facts: Facts) -> Reading:

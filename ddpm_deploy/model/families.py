@@ -10,11 +10,13 @@ from ddpm_deploy.model.dome272 import DOME272
 from ddpm_deploy.model.family import Family, State
 from ddpm_deploy.model.lerobot import LEROBOT
 from ddpm_deploy.model.lucidrains import LUCIDRAINS
+from ddpm_deploy.model.openai import OPENAI
 
 FAMILIES: tuple[Family, ...] = (
     DOME272,
     DIFFUSERS,
     DDIM,
+    OPENAI,
     LUCIDRAINS,
     DIFFUSION_POLICY,
     LEROBOT,
@@ -29,8 +31,8 @@ def detect(state: State, *, source: str) -> Family:
         source: What to call the file in errors.
 
     Raises:
-        CheckpointError: No family has these names, or two have; names the nearest and what it would
-            need.
+        CheckpointError: No family has these names, or two have; says what it is, or names the
+            nearest and what it would need.
     """
     found = [family for family in FAMILIES if family.matches(state)]
     if len(found) == 1:
@@ -41,6 +43,9 @@ def detect(state: State, *, source: str) -> Family:
             "marks of both.",
             hint="Save one network a file: torch.save(model.state_dict(), 'ckpt.pt')",
         )
+    for family in FAMILIES:
+        if family.foreign and (told := family.foreign(state)):
+            raise CheckpointError(f"{source} is {told[0]}.", hint=told[1])
     nearest = min(FAMILIES, key=lambda family: len(family.missing(state)) / len(family.has_all))
     missing, unwanted = nearest.missing(state), nearest.unwanted(state)
     there = len(nearest.has_all) - len(missing)
