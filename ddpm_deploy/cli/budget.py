@@ -14,14 +14,17 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    ModelName,
     Progress,
     SamplerName,
     Seed,
     SpacingName,
+    SpecFile,
     Steps,
     Threads,
     note,
     note_untrained,
+    own_spec,
     print_json,
     print_table,
     recipe_of,
@@ -65,6 +68,8 @@ def command(
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -92,7 +97,9 @@ def command(
     if not 1 <= factor < float("inf"):
         raise typer.BadParameter(f"{factor} is not at least 1 and finite", param_hint="--factor")
     with (
-        open_engine(network, threads=threads, device=device) as engine,
+        open_engine(
+            network, threads=threads, device=device, spec=own_spec(spec_file), model=model
+        ) as engine,
         # Opened before the loop: a place that cannot be written shall not cost the work.
         nullcontext() if output is None else whole_file(output) as partial,
         ExitStack() as stack,
@@ -156,6 +163,8 @@ def _origin(engine: Engine, recipe: Recipe, count: int, chosen: Expectation) -> 
     from ddpm_deploy._version import __version__
     from ddpm_deploy.files import sha256
 
+    path = Path(engine.path)
+    digest = sha256(path) if path.is_file() else engine.spec.checkpoint_sha256
     told = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
     if isinstance(recipe.steps, tuple):
         told["steps"] = f"{len(recipe.steps)} timesteps, drawn over the schedule"
@@ -163,7 +172,7 @@ def _origin(engine: Engine, recipe: Recipe, count: int, chosen: Expectation) -> 
     return "\n".join(
         [
             f"What a loop in {chosen.arithmetic} may differ by. docs/parity.md has the derivation.",
-            f"network: {Path(engine.path).name}, SHA-256 {sha256(Path(engine.path))}",
+            f"network: {Path(engine.path).name}, SHA-256 {digest}",
             f"loop: {said}; {count} images",
             f"expected at worst: local error of the output {chosen.worst('local', 'out'):.1e}, "
             f"accumulated error of x {chosen.worst('accumulated', 'x'):.1e}",

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +43,18 @@ Label = Annotated[
 ]
 Guidance = Annotated[
     float, typer.Option(help="Classifier-free guidance s in u + s(c - u); 1 is none.")
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="The code that makes your own network, which is run: mynet:make.",
+    ),
+]
+SpecFile = Annotated[
+    Path | None,
+    typer.Option("--spec", help="What your own network, or a .pt2 program, is: spec.toml."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -136,6 +149,17 @@ def recipe_of(
         labels=parse_labels(label, spec),
         guidance=guidance,
     )
+
+
+def own_spec(path: Path | None) -> ModelSpec | None:
+    """Reads `--spec`, what a user's own network is; None where it was left out."""
+    if path is None:
+        return None
+    from ddpm_deploy.engines.base import needs
+
+    with needs("torch", extra="export"):
+        from ddpm_deploy.model.spec_toml import read_spec_toml
+    return read_spec_toml(path).spec
 
 
 def note(text: str) -> None:

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from ddpm_deploy.cli.common import Json, note, print_json, settings
+from ddpm_deploy.cli.common import Json, ModelName, SpecFile, note, print_json, settings
 from ddpm_deploy.cli.describe_checkpoint import parse_settings, parse_size, print_facts
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .ckpt, .safetensors.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint: .pt, .ckpt, .safetensors, a folder, or a .pt2.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")] = Path(
         "unet.onnx"
     ),
@@ -37,6 +39,8 @@ def command(
     weights: Annotated[
         str | None, typer.Option(help="ema or online, where the file has both; ema if left out.")
     ] = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     opset: Annotated[int, typer.Option(help="ONNX opset; TensorRT 10.3 (Jetson) reads 20.")] = 20,
     json: Json = False,
 ) -> None:
@@ -56,10 +60,20 @@ def command(
         raise typer.BadParameter(f"{weights!r} is neither ema nor online", param_hint="--weights")
     if output.suffix != ".onnx":
         raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
+    options = {
+        "--image-size": image_size,
+        "--schedule": schedule,
+        "--timesteps": timesteps,
+        "--prediction": prediction,
+    }
+    typed = next((name for name, value in options.items() if value is not None), None)
+    if spec_file is not None and typed is not None:
+        raise typer.BadParameter(f"{spec_file} says it; leave {typed} out", param_hint=typed)
     with needs("torch", extra="export"):
         from ddpm_deploy.export.to_onnx import export_network
         from ddpm_deploy.model import load_network
         from ddpm_deploy.model.family import Weights
+        from ddpm_deploy.model.spec_toml import read_spec_toml
     with needs("onnxruntime", extra="cpu"):
         import onnxruntime  # noqa: F401  (the check needs it: say so before the work)
 
@@ -69,6 +83,7 @@ def command(
             if schedule or timesteps
             else None
         )
+    told = None if spec_file is None else read_spec_toml(spec_file)
     loaded = load_network(
         checkpoint,
         image_size=parse_size(image_size),
@@ -76,11 +91,15 @@ def command(
         prediction=cast("Prediction | None", prediction),
         weights=cast("Weights | None", weights),
         settings=parse_settings(said or []),
+        spec=None if told is None else told.spec,
+        model=model,
     )
+    facts = (*loaded.facts, *(() if told is None else told.facts))
     spec = loaded.spec
     shape = "x".join(map(str, spec.sample_shape))
-    note(f"{checkpoint}: {spec.family}, {spec.weights} weights, {shape}")
-    print_facts(loaded.facts)
+    weighed = f"{spec.weights} weights, " if spec.weights else ""
+    note(f"{checkpoint}: {spec.family}, {weighed}{shape}")
+    print_facts(facts)
     with settings("See: ddpm-deploy export --help"):
         exported = export_network(loaded.network, spec, output, opset=opset)
     worst = max(d.relative for d in exported.deviations)
@@ -100,7 +119,7 @@ def command(
                 "seconds": exported.seconds,
                 "largest_deviation": worst,
                 "weights": spec.weights,
-                "facts": [asdict(fact) for fact in loaded.facts],
+                "facts": [asdict(fact) for fact in facts],
                 "spec": spec.to_dict(),
             }
         )

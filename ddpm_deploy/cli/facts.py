@@ -47,11 +47,11 @@ class Facts:
     missing: str = ""
 
 
-def checkpoint_facts(file: Path) -> Facts:
-    """Opens a checkpoint; errors as from `open_engine`."""
+def checkpoint_facts(file: Path, spec: ModelSpec | None = None, model: str | None = None) -> Facts:
+    """Opens a checkpoint; arguments and errors as in `open_engine`."""
     from ddpm_deploy.engines import open_engine
 
-    with open_engine(file, device="cpu") as engine:
+    with open_engine(file, device="cpu", spec=spec, model=model) as engine:
         data = {"kind": "checkpoint", "engine": engine.name, "fused": False, "precision": "fp32"}
         return Facts(kind=f"checkpoint, for {engine.name}", spec=engine.spec, data=data, rows=[])
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ddpm_deploy.cli.common import Json, note, print_json, print_table, size
+from ddpm_deploy.cli.common import (
+    Json,
+    ModelName,
+    SpecFile,
+    note,
+    own_spec,
+    print_json,
+    print_table,
+    size,
+)
 
 if TYPE_CHECKING:
     from ddpm_deploy.spec import Condition, ModelSpec
@@ -16,6 +25,8 @@ if TYPE_CHECKING:
 
 def command(
     file: Annotated[Path, typer.Argument(help="An engine or a checkpoint.")],
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     json: Json = False,
 ) -> None:
     """Print what a file is: network, precision, memory, where it runs.
@@ -37,8 +48,12 @@ def command(
         case ".onnx":
             facts = graph_facts(file)
         case _:
-            facts = checkpoint_facts(file)
-    nbytes, digest = file.stat().st_size, sha256(file)
+            facts = checkpoint_facts(file, own_spec(spec_file), model)
+    if file.is_dir():
+        nbytes = sum(each.stat().st_size for each in file.rglob("*") if each.is_file())
+        digest = facts.spec.checkpoint_sha256 if facts.spec else ""
+    else:
+        nbytes, digest = file.stat().st_size, sha256(file)
     if facts.missing:
         note(f"note: {facts.missing}")
     if json:

@@ -13,13 +13,16 @@ from ddpm_deploy.cli.common import (
     Eta,
     Guidance,
     Label,
+    ModelName,
     Progress,
     SamplerName,
     Seed,
     SpacingName,
+    SpecFile,
     Steps,
     Threads,
     note_untrained,
+    own_spec,
     recipe_of,
     settings,
 )
@@ -62,6 +65,8 @@ def command(
         Path | None,
         typer.Option(help="Folder: also the same for trtexec, with the commands."),
     ] = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -90,7 +95,9 @@ def command(
             hint=f"Type -o {path.with_suffix(SUFFIX)}",
         )
     with (
-        open_engine(engine, threads=threads, device=device) as opened,
+        open_engine(
+            engine, threads=threads, device=device, spec=own_spec(spec_file), model=model
+        ) as opened,
         # Opened before the loop: a place that cannot be written shall not cost the work.
         whole_file(path) as partial,
     ):

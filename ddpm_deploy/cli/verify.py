@@ -18,6 +18,7 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    ModelName,
     Progress,
     SamplerName,
     Seed,
@@ -104,6 +105,7 @@ def command(
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
+    model: ModelName = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -130,7 +132,9 @@ def command(
         # Opened before the loop: a place that cannot be written shall not cost the work.
         reports = {path: stack.enter_context(_report(path)) for path in output or ()}
         deployed = open_side(stack, engine, threads=threads, device=device)
-        reference = open_side(stack, against, spec=deployed.spec, threads=threads, device=device)
+        reference = open_side(
+            stack, against, spec=deployed.spec, threads=threads, device=device, model=model
+        )
         _check_loop(ctx, {engine: deployed, against: reference})
         if bisect:
             _check_bisect({engine: deployed, against: reference})
