@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -298,7 +297,10 @@ def _graph(engine: Engine) -> onnx.ModelProto:
             from ddpm_deploy.engines.pytorch import TorchEngine  # noqa: PLC0415
             from ddpm_deploy.export.to_onnx import trace_network  # noqa: PLC0415
         if isinstance(engine, TorchEngine):
-            return trace_network(deepcopy(engine.network).cpu(), engine.spec)
+            try:
+                return trace_network(engine.network.cpu(), engine.spec)
+            finally:
+                engine.network.to(engine.device)
     raise ExportError(
         f"The graph that {engine.path} was built from is not here, and a plan cannot be walked.",
         hint="Copy it beside the plan, or walk the graph: ddpm-deploy verify --bisect "

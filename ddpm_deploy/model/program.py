@@ -16,7 +16,7 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -157,8 +157,15 @@ def _check_graph(path: Path, records: dict[str, bytes]) -> None:
             for name, payload in config.items():
                 if payload["use_pickle"] or not payload["path_name"].startswith(prefix):
                     raise _refused(path, f"a pickle in place of {name}")
-                if payload["tensor_meta"]["device"]["type"] != "cpu":
-                    raise _device(path, payload["tensor_meta"]["device"]["type"])
+                meta = payload["tensor_meta"]
+                if meta["device"]["type"] != "cpu":
+                    raise _device(path, meta["device"]["type"])
+                record = records[f"data/{part}/{payload['path_name']}"]
+                if not record and all(side.get("as_int") for side in meta["sizes"]):
+                    raise CheckpointError(  # which the loader would fill with zeros
+                        f"{path} is damaged: the record of {name} is empty.",
+                        hint="Save it again: torch.export.save(program, 'program.pt2')",
+                    )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.load(io.BytesIO(records["data/sample_inputs/model.pt"]), weights_only=True)
@@ -255,7 +262,7 @@ def _check_inputs(path: Path, program: Any, spec: ModelSpec) -> None:
     shapes = [
         getattr(nodes[n].meta.get("val"), "shape", None) if n in nodes else None for n in names
     ]
-    shown = ", ".join("a constant" if s is None else str(tuple(map(_side, s))) for s in shapes)
+    shown = ", ".join("a constant" if s is None else _shape(s) for s in shapes)
     if len(shapes) != len(wanted) or None in shapes:
         raise CheckpointError(
             f"{path} takes {len(shapes)} inputs ({shown}); the spec has {', '.join(wanted)}.",
@@ -267,9 +274,9 @@ def _check_inputs(path: Path, program: Any, spec: ModelSpec) -> None:
     line = f"{batch}; torch.export.export(model, ({', '.join(wanted)}), dynamic_shapes=({free}))"
     for (name, sides), shape in zip(wanted.items(), shapes, strict=True):
         if shape is None or tuple(map(_side, shape[1:])) != tuple(map(str, sides)):
-            given, said_so = (", ".join(map(_side, s)) for s in (shape or (), ("N", *sides)))
             raise CheckpointError(
-                f"{path} takes {name} of the shape ({given}); the spec says ({said_so}).",
+                f"{path} takes {name} of the shape {_shape(shape or ())}; the spec says "
+                f"{_shape(('N', *sides))}.",
                 hint="Correct sample_shape or [[conditions]] in spec.toml.",
             )
         if isinstance(shape[0], int):
@@ -284,6 +291,10 @@ def _check_inputs(path: Path, program: Any, spec: ModelSpec) -> None:
                 "free.",
                 hint=f"Give Dim neither min nor max: {line}",
             )
+
+
+def _shape(sizes: Iterable[Any]) -> str:
+    return f"({', '.join(map(_side, sizes))})"
 
 
 def _side(size: Any) -> str:
