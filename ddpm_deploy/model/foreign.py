@@ -262,16 +262,16 @@ KINDS: tuple[Foreign, ...] = (
         shapes=_sides("input_blocks.0.0.weight", lambda v: v.dim() == 4 and v.shape[1] == 6),
     ),
     Foreign(
-        name="Imagen",
-        says="an Imagen of lucidrains (imagen-pytorch): several U-Nets that text guides",
-        hint=_PIXELS,
-        has=(r"(^|\.)unets\.\d+\.",),
-    ),
-    Foreign(
         name="DALL-E 2",
         says="a DALL-E 2 of lucidrains (dalle2-pytorch)",
         hint=_PIXELS,
         has=(r"(^|\.)(prior|net)\.causal_transformer\.|(^|\.)decoder\.unets\.",),
+    ),
+    Foreign(
+        name="Imagen",
+        says="an Imagen of lucidrains (imagen-pytorch): several U-Nets that text guides",
+        hint=_PIXELS,
+        has=(r"(^|\.)unets\.\d+\.",),
     ),
     Foreign(
         name="classifier-free guidance of lucidrains",
@@ -557,7 +557,7 @@ PICKLES: tuple[tuple[str, str, str], ...] = (
     ("models.yolo.", "YOLOv5 is saved so", "python export.py --weights FILE --include onnx"),
     (
         "torch.nn.",
-        "torch.save(model) saves a whole module so",
+        "Whole modules are saved so, by torch.save(model)",
         "Where the file was made, save the weights alone: "
         "torch.save(model.state_dict(), 'ckpt.pt')",
     ),
@@ -569,13 +569,13 @@ PICKLES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "omegaconf.",
-        "a configuration of Hydra or OmegaConf is in it",
+        "A configuration of Hydra or OmegaConf is in it",
         "Where the file was made, save the weights alone: torch.save(torch.load(FILE, "
         "weights_only=False)['state_dict'], 'ckpt.pt')",
     ),
-    ("transformers.", "arguments of transformers' Trainer are saved so", "Give model.safetensors"),
-    ("sklearn.", "scikit-learn saves its models so", _PIXELS),
-    ("pandas.", "pandas saves its tables so", _PIXELS),
+    ("transformers.", "Arguments of transformers' Trainer are saved so", "Give model.safetensors"),
+    ("sklearn.", "Scikit-learn saves its models so", _PIXELS),
+    ("pandas.", "Pandas saves its tables so", _PIXELS),
     ("dnnlib.", "NVlabs' StyleGAN2 saves its networks so", _PIXELS),
     ("jax", "JAX saves its arrays so", "Convert the weights to PyTorch, and save a state dict."),
     ("tensorflow.", "TensorFlow saves its objects so", _PIXELS),
@@ -587,5 +587,5 @@ def pickle_of(asked: str) -> tuple[str, str]:
     """Returns who saves a pickle that asks for a name, as a sentence, and a hint; or nothing."""
     for start, says, hint in PICKLES:
         if asked.startswith(start):
-            return f" {says[0].upper()}{says[1:]}.", hint
+            return f" {says}.", hint
     return "", ""
