@@ -10,6 +10,7 @@ import typer
 from ddpm_deploy.cli.common import (
     Device,
     Json,
+    ModelName,
     Observe,
     Respacing,
     Seed,
@@ -37,6 +38,7 @@ def command(
     respacing: Respacing = None,
     seed: Seed = 0,
     observe: Observe = None,
+    model: ModelName = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -55,12 +57,12 @@ def command(
     from ddpm_deploy.bench import Loop, engine_loop, measure
     from ddpm_deploy.doctor import machine
     from ddpm_deploy.engines import Engine, open_engine
-    from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES, check_path, needs
+    from ddpm_deploy.engines.base import check_path, is_checkpoint, needs
     from ddpm_deploy.errors import EngineError
 
     if against is not None:
         check_path(against)
-        if against.suffix not in CHECKPOINT_SUFFIXES:
+        if not is_checkpoint(against):
             raise EngineError(
                 f"{against} is no checkpoint, so it has no loop in PyTorch.",
                 hint=f"Time it as an engine: --engine {against}",
@@ -87,7 +89,9 @@ def command(
     if against is not None:
         with needs("torch", extra="export"):
             from ddpm_deploy.engines.pytorch import TorchEngine, torch_loop
-        reference = TorchEngine.open(against, threads=threads, device=device, spec=spec)
+        reference = TorchEngine.open(
+            against, threads=threads, device=device, spec=spec, model=model
+        )
         name = f"{reference.name} loop"
         with settings(hint):
             loops[name] = torch_loop(reference, recipe, batch)

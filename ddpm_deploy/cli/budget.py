@@ -14,13 +14,14 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    ModelName,
     Observe,
     Progress,
     Respacing,
     SamplerName,
     Seed,
     SpacingName,
-    SpecOf,
+    SpecFile,
     Steps,
     Threads,
     note,
@@ -71,7 +72,8 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
-    spec_from: SpecOf = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -99,7 +101,9 @@ def command(
     if not 1 <= factor < float("inf"):
         raise typer.BadParameter(f"{factor} is not at least 1 and finite", param_hint="--factor")
     with (
-        open_engine(network, threads=threads, device=device, spec=spec_of(spec_from)) as engine,
+        open_engine(
+            network, threads=threads, device=device, spec=spec_of(spec_file), model=model
+        ) as engine,
         # Opened before the loop: a place that cannot be written shall not cost the work.
         nullcontext() if output is None else whole_file(output) as partial,
         ExitStack() as stack,

@@ -57,10 +57,19 @@ Observe = Annotated[
         "mod N. May be repeated.",
     ),
 ]
-SpecOf = Annotated[
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="The code that makes your own network, which is run: mynet:make.",
+    ),
+]
+SpecFile = Annotated[
     Path | None,
     typer.Option(
-        "--spec", help="An engine made from the checkpoint: says of it what its file does not."
+        "--spec",
+        help="What a checkpoint does not say of itself: a spec.toml, or an engine made from it.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -73,13 +82,6 @@ def _seed(value: int) -> int:
 
 
 Seed = Annotated[int, typer.Option(min=0, callback=_seed, help="Seed of the noise.")]
-
-
-def spec_of(path: Path | None) -> ModelSpec | None:
-    """Reads `--spec`; errors as from `read_spec`."""
-    from ddpm_deploy.engines.base import read_spec
-
-    return None if path is None else read_spec(path)
 
 
 @contextmanager
@@ -220,6 +222,24 @@ def parse_observations(
             drawn = SeededNoise(0, range(8), inputs[name].shape)(0)
             found[name] = tuple(tuple(row) for row in drawn.reshape(len(drawn), -1).tolist())
     return found
+
+
+def spec_of(path: Path | None) -> ModelSpec | None:
+    """Reads `--spec`, what a checkpoint does not say; None where it was left out.
+
+    Raises:
+        SpecError: The file says nothing, or is damaged.
+        EngineError: As from `read_spec`.
+    """
+    if path is None:
+        return None
+    from ddpm_deploy.engines.base import needs, read_spec
+
+    if path.suffix != ".toml":
+        return read_spec(path)
+    with needs("torch", extra="export"):
+        from ddpm_deploy.model.spec_toml import read_spec_toml
+    return read_spec_toml(path).spec
 
 
 def note(text: str) -> None:

@@ -14,13 +14,14 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    ModelName,
     Observe,
     Progress,
     Respacing,
     SamplerName,
     Seed,
     SpacingName,
-    SpecOf,
+    SpecFile,
     Steps,
     Threads,
     note,
@@ -54,7 +55,8 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
-    spec_from: SpecOf = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     gif: Annotated[
         bool, typer.Option("--gif", help="Also x0.gif: predicted x_0 unfolding.")
     ] = False,
@@ -79,7 +81,12 @@ def command(
     from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Run, batch_for, recorded_batch
 
     with open_or_rebuild(
-        engine, rebuild=rebuild, threads=threads, device=device, spec=spec_of(spec_from)
+        engine,
+        rebuild=rebuild,
+        threads=threads,
+        device=device,
+        spec=spec_of(spec_file),
+        model=model,
     ) as opened:
         recipe = recipe_of(
             opened.spec,

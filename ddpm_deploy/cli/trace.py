@@ -14,13 +14,14 @@ from ddpm_deploy.cli.common import (
     Eta,
     Guidance,
     Label,
+    ModelName,
     Observe,
     Progress,
     Respacing,
     SamplerName,
     Seed,
     SpacingName,
-    SpecOf,
+    SpecFile,
     Steps,
     Threads,
     note_untrained,
@@ -61,7 +62,6 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
-    spec_from: SpecOf = None,
     polygraphy: Annotated[
         Path | None,
         typer.Option(help="Folder: also the network's inputs and outputs for Polygraphy."),
@@ -70,6 +70,8 @@ def command(
         Path | None,
         typer.Option(help="Folder: also the same for trtexec, with the commands."),
     ] = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -98,7 +100,9 @@ def command(
             hint=f"Type -o {path.with_suffix(SUFFIX)}",
         )
     with (
-        open_engine(engine, threads=threads, device=device, spec=spec_of(spec_from)) as opened,
+        open_engine(
+            engine, threads=threads, device=device, spec=spec_of(spec_file), model=model
+        ) as opened,
         # Opened before the loop: a place that cannot be written shall not cost the work.
         whole_file(path) as partial,
     ):

@@ -18,6 +18,7 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    ModelName,
     Observe,
     Progress,
     Respacing,
@@ -118,6 +119,7 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
+    model: ModelName = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -144,7 +146,9 @@ def command(
         # Opened before the loop: a place that cannot be written shall not cost the work.
         reports = {path: stack.enter_context(_report(path)) for path in output or ()}
         deployed = open_side(stack, engine, threads=threads, device=device)
-        reference = open_side(stack, against, spec=deployed.spec, threads=threads, device=device)
+        reference = open_side(
+            stack, against, spec=deployed.spec, threads=threads, device=device, model=model
+        )
         _check_loop(ctx, {engine: deployed, against: reference})
         if bisect:
             _check_bisect({engine: deployed, against: reference})

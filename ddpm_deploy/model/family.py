@@ -31,6 +31,8 @@ class Opened:
         config: What stands beside the weights, in JSON's types: a diffusers folder's `unet` and
             `scheduler`, a policy's `cfg`; empty where nothing does.
         files: The files that were read, the weights first; their hash is the checkpoint's.
+        whole: The tensors that the state was taken from, under their full names; empty where a
+            family unwrapped it.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Opened:
     content: Any = None
     config: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    whole: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
