@@ -130,7 +130,7 @@ def test_diffusion_policy_s_workspace_acts_as_ours(
         "cond_predict_scale": w.scale,
     }
     torch.manual_seed(seed)
-    settings = {
+    settings: dict[str, Any] = {
         "horizon": drawn.horizon,
         "obs_dim": size,
         "action_dim": w.actions,
