@@ -21,7 +21,7 @@ from ddpm_deploy.model.own import Timed, check_call, check_model, load_own
 from ddpm_deploy.model.program import is_program, load_program
 from ddpm_deploy.model.tensors import check_numbers, check_tensors
 from ddpm_deploy.model.unet import HEADS
-from ddpm_deploy.model.wrapping import unwrap
+from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes, unwrap
 from ddpm_deploy.sampling import Prediction
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.spec import ModelSpec
@@ -31,8 +31,6 @@ OWN_FAMILY = "ddpm-deploy"
 
 _OWN = {"heads": HEADS}
 """What every network of `train` has and its spec does not say."""
-
-_PREFIXES = ("module.", "_orig_mod.", "model.", "unet.", "ema_model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,36 +191,6 @@ def open_checkpoint(path: Path, weights: Weights | None = None, key: str = "") -
         files=(file,),
         whole={k: v for k, v in unwrapped.whole.items() if isinstance(v, Tensor)},
     )
-
-
-def choose_weights(found: Mapping[Weights, Any], path: Path, weights: Weights | None) -> Weights:
-    """Returns which weights of a checkpoint to take: those asked for, or EMA where it is there.
-
-    Args:
-        found: What there is, at least one.
-        path: The checkpoint, for errors.
-        weights: What is asked for.
-
-    Raises:
-        CheckpointError: They are not there.
-    """
-    taken: Weights = weights or ("ema" if "ema" in found else "online")
-    if taken not in found:
-        raise CheckpointError(
-            f"{path} holds no {taken} weights; it has {', '.join(found)}.",
-            hint=f"Type --weights {next(iter(found))}, or leave it out.",
-        )
-    return taken
-
-
-def strip_prefixes(raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the tensors of a dictionary without the prefixes that all their names share."""
-    state = {k: v.detach() for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    while state and (
-        prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), "")
-    ):
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
 
 
 def _read(family: Family, opened: Opened, facts: Facts) -> Reading:

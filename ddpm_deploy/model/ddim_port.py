@@ -18,6 +18,7 @@ from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.facts import Facts
 from ddpm_deploy.model.family import Family, Opened, Reading, State, Weights
 from ddpm_deploy.model.unet2d import Block, UNet2D, UNet2DSettings
+from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes
 from ddpm_deploy.sampling import Sampling, Variance
 from ddpm_deploy.schedule import linear
 from ddpm_deploy.spec import ModelSpec, Rounding
@@ -58,8 +59,6 @@ def _unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
     """Takes the weights out of ddim's list: model, optimizer, epoch, step and, last, the EMA."""
     if not isinstance(content, list | tuple) or len(content) not in {4, 5}:
         return None
-    from ddpm_deploy.model.checkpoint import choose_weights, strip_prefixes
-
     raw: dict[Weights, Any] = {"online": content[0], "ema": content[-1]}
     found: dict[Weights, State] = {
         kind: strip_prefixes(state) for kind, state in raw.items() if isinstance(state, Mapping)
@@ -118,7 +117,7 @@ def _read(opened: Opened, facts: Facts) -> Reading:
         cosine_first=False,
     )
     shape = facts.image_size(None, multiple_of=2 ** (levels - 1))
-    spec = _spec(opened, facts, (channels, *(shape * 2 if len(shape) == 1 else shape)), widths)
+    spec = _spec(opened, facts, (channels, *shape), widths)
     return Reading(
         network=UNet2D(settings, _frequencies(first)),
         spec=spec,

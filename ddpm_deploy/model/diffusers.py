@@ -44,7 +44,6 @@ def _read(opened: Opened, facts: Facts) -> Reading:
     size = config.get("sample_size")
     size = (size, size) if isinstance(size, int) else size and tuple(size)
     shape = facts.image_size(size, source="config", multiple_of=2 ** (len(settings.widths) - 1))
-    shape = shape * 2 if len(shape) == 1 else shape
     learned = settings.out_channels == 2 * settings.channels
     if settings.out_channels != settings.channels and not learned:
         raise CheckpointError(

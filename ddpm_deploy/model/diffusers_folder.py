@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.family import Opened, Weights
 from ddpm_deploy.model.opening import damaged, read_content
+from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes
 
 CONFIG = "config.json"
 INDEX = "model_index.json"
@@ -65,8 +66,6 @@ def open_folder(path: Path, weights: Weights | None) -> Opened | None:
     models = _models(path, index)
     if not models:
         return None
-    from ddpm_deploy.model.checkpoint import choose_weights
-
     found = {model.weights: model for model in models}
     taken = choose_weights(found, path, weights)
     return _opened(path, found[taken], taken, tuple(found))
@@ -92,8 +91,6 @@ def unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
     if not path.name.startswith(_WEIGHTS) and "conv_in.weight" not in state:
         return None
     model = _model(path.parent, config)
-    from ddpm_deploy.model.checkpoint import choose_weights
-
     taken = choose_weights({model.weights: model}, path, weights)
     given = None if _SHARD.search(path.name) else (state, (path,))
     return _opened(path, model, taken, (taken,), given)
@@ -112,8 +109,6 @@ def _opened(
     choices: tuple[Weights, ...],
     given: tuple[Mapping[str, Tensor], tuple[Path, ...]] | None = None,
 ) -> Opened:
-    from ddpm_deploy.model.checkpoint import strip_prefixes
-
     state, files = given or _state(model.folder)
     config, beside = _configs(model)
     return Opened(

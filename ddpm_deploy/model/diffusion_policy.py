@@ -22,6 +22,7 @@ from ddpm_deploy.model.policies import (
     read_policy,
     restored,
 )
+from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes
 from ddpm_deploy.spec import Restore
 
 NAME = "diffusion_policy"
@@ -38,8 +39,6 @@ _MODULES = (*MODULES, _LOCAL)
 
 
 def _unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
-    from ddpm_deploy.model.checkpoint import choose_weights, strip_prefixes
-
     if not isinstance(content, Mapping):
         return None
     states = content.get("state_dicts")

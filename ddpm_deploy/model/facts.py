@@ -145,6 +145,7 @@ class Facts:
         *,
         source: Source = "assumed",
         multiple_of: int = 1,
+        axes: int = 2,
         called: str = "image size",
     ) -> tuple[int, ...]:
         """Returns the sample's size: what the user says, a config's, or the family's default.
@@ -153,21 +154,28 @@ class Facts:
             default: Height and width, or a length; None where there is no default.
             source: Of the default.
             multiple_of: What the network halves it by.
+            axes: How many numbers it is; of a default, as many as that has.
             called: What it is.
 
         Raises:
             CheckpointError: Nobody says it, or the network cannot take it.
         """
         option = "--image-size"
+        axes = len(default) if default else axes
         size = self._said.image_size or default
         if size is None:
             raise CheckpointError(
                 f"{self._source} does not say its {called}; no file of this kind does.",
                 hint=f"Type the one it was trained at: {option} {32 if multiple_of <= 32 else 64}",
             )
-        if default is not None and len(size) != len(default):
-            # One number is a square's side.
-            size = size * len(default) if len(size) == 1 else size
+        if len(size) == 1:
+            size *= axes  # one number is a square's side
+        if len(size) != axes:
+            raise CheckpointError(
+                f"The {called} is {'x'.join(map(str, size))}; here it is "
+                + ("one number." if axes == 1 else "one number, or height x width."),
+                hint=f"Type {option} 32" if axes == 1 else f"Type {option} 32, or {option} 16x24",
+            )
         if any(side < 1 or side % multiple_of for side in size):
             raise CheckpointError(
                 f"The {called} is {'x'.join(map(str, size))}; this network takes multiples of "

@@ -25,6 +25,7 @@ from ddpm_deploy.model.policies import (
     read_policy,
     restored,
 )
+from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes
 from ddpm_deploy.spec import Restore
 
 NAME = "lerobot"
@@ -80,8 +81,6 @@ def _open_folder(path: Path, weights: Weights | None) -> Opened | None:
 
 def _unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
     """Opens a policy's weights that were named alone, with the configuration beside them."""
-    from ddpm_deploy.model.checkpoint import strip_prefixes
-
     if not isinstance(content, Mapping) or not any(
         isinstance(key, str) and key.endswith(_UNET + MARKS[0]) for key in content
     ):
@@ -94,8 +93,6 @@ def _unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
 def _opened(
     content: State, file: Path, config: Mapping[str, Any], path: Path, weights: Weights | None
 ) -> Opened:
-    from ddpm_deploy.model.checkpoint import choose_weights
-
     # torch.compile puts its own name between.
     state = {key.replace("unet._orig_mod.", "unet."): value for key, value in content.items()}
     if config and _UNET + MARKS[0] not in state:

@@ -77,7 +77,7 @@ def _read(opened: Opened, facts: Facts) -> Reading:
     code = _Code(_release(opened, facts, axes), axes)
     weights = own_weights(raw, axes=axes, standardise=code.standardise)
     shape = _shape(weights, facts, code, source)
-    size = _size(facts, shape, source)
+    size = _size(facts, shape)
     schedule = _schedule(buffers, facts, code, source)
     prediction = _prediction(buffers, facts, schedule, shape, code)
     sampler, sampling = _sampling(facts, schedule, prediction, code)
@@ -239,21 +239,13 @@ def _attention(
     ]
 
 
-def _size(facts: Facts, shape: UnetShape, source: str) -> tuple[int, ...]:
-    pictures = shape.axes == 2
-    size = facts.image_size(
+def _size(facts: Facts, shape: UnetShape) -> tuple[int, ...]:
+    return facts.image_size(
         None,
         multiple_of=2 ** (len(shape.attention) - 1),
-        called="image size" if pictures else "length",
+        axes=shape.axes,
+        called="image size" if shape.axes == 2 else "length",
     )
-    if pictures and len(size) == 1:
-        return size * 2
-    if len(size) != shape.axes:
-        raise CheckpointError(
-            f"{source} is a network of sequences; they have a length, not {size[0]} x {size[1]}.",
-            hint=f"Type the length that it was trained at: --image-size {size[-1]}",
-        )
-    return size
 
 
 def _schedule(buffers: State, facts: Facts, code: _Code, source: str) -> Schedule:

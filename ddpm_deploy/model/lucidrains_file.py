@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.family import Opened, State, Weights
+from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes
 
 BUFFERS = frozenset(
     {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod"}
@@ -83,8 +84,6 @@ def unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
         CheckpointError: It is a relative of the family's that is not supported, or does not hold
             these weights.
     """
-    from ddpm_deploy.model.checkpoint import choose_weights, strip_prefixes
-
     found: dict[Weights, State] = {}
     plain = True
     for kind, part in _parts(content, path):

@@ -36,10 +36,42 @@ GROUPS: Mapping[Weights, tuple[str, ...]] = {
 }
 """Attributes under which modules keep a network, beside losses, metrics and buffers."""
 
+_PREFIXES = ("module.", "_orig_mod.", "model.", "unet.", "ema_model.")
+
 _EMA = re.compile(r"(?<![a-z])ema(?![a-z])|EMA|shadow|averaged", re.MULTILINE)
 _NO_NETWORK = re.compile(r"optim|^opt$|sched|scaler|^loops$|^state$|param_groups|hyper_param|rng")
 _DEEPEST = 5
 _MOST = 1000
+
+
+def choose_weights(found: Mapping[Weights, Any], path: Path, weights: Weights | None) -> Weights:
+    """Returns which weights of a checkpoint to take: those asked for, or EMA where it is there.
+
+    Args:
+        found: What there is, at least one.
+        path: The checkpoint, for errors.
+        weights: What is asked for.
+
+    Raises:
+        CheckpointError: They are not there.
+    """
+    taken: Weights = weights or ("ema" if "ema" in found else "online")
+    if taken not in found:
+        raise CheckpointError(
+            f"{path} holds no {taken} weights; it has {', '.join(found)}.",
+            hint=f"Type --weights {next(iter(found))}, or leave it out.",
+        )
+    return taken
+
+
+def strip_prefixes(raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the tensors of a dictionary without the prefixes that all their names share."""
+    state = {k: v.detach() for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    while state and (
+        prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), "")
+    ):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
 
 
 @dataclass(frozen=True)
