@@ -68,7 +68,8 @@ class UNetShape:
 
         Raises:
             KeyError: A weight is missing.
-            ValueError: There are blocks of another number than such a network has.
+            ValueError: There are blocks of another number than such a network has, or a weight
+                holds no numbers.
         """
         down, up = (_indices(state, name) for name in ("input_blocks", "output_blocks"))
         resample, blocks = _resampling(state, down, up)
@@ -78,6 +79,8 @@ class UNetShape:
                 f"{len(up)} output blocks and {len(down)} input blocks are no network with "
                 f"{blocks} residual blocks a level"
             )
+        if empty := next((name for name, value in state.items() if not value.numel()), None):
+            raise ValueError(f"{empty} holds no numbers")
         firsts = [1 + level * (blocks + 1) for level in range(levels)]
         middle = "middle_block.0"
         labels = state.get("label_emb.weight")

@@ -517,6 +517,8 @@ def test_an_extra_tensor_or_another_shape_is_named(tmp_path: Path) -> None:
     torch.save({**state, "middle_block.1.qkv.weight": torch.zeros(192, 64)}, tmp_path / "b.pt")
     message = str(refused(tmp_path / "b.pt", settings=SAID, image_size=8))
     assert "size mismatch for middle_block.1.qkv.weight" in message
+    torch.save({**state, "out.0.weight": torch.zeros(0)}, tmp_path / "b.pt")
+    assert "out.0.weight holds no numbers" in str(refused(tmp_path / "b.pt"))
     torch.save({**state, "time_embed.0.weight": torch.zeros(())}, tmp_path / "b.pt")
     assert "do not fit" in str(refused(tmp_path / "b.pt", settings=SAID, image_size=8))
 
