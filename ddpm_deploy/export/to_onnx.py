@@ -149,7 +149,8 @@ def _free_batch(network: nn.Module, inputs: int) -> tuple[Any, ...]:
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return (batch,) * inputs
     named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-    return (*(batch,) * named, (batch,) * (inputs - named))
+    free: tuple[Any, ...] = (batch,) * min(named, inputs)
+    return (*free, (batch,) * (inputs - named)) if inputs > named else free
 
 
 @contextmanager
