@@ -49,7 +49,7 @@ class _Code:
 
     @property
     def cosine(self) -> bool:
-        """Full attention compares directions alone."""
+        """Full attention takes queries and keys as directions."""
         return (0, 27) <= self.release < (0, 28)
 
     @property
@@ -147,11 +147,11 @@ def _release(opened: Opened, facts: Facts, axes: int) -> tuple[int, ...]:
 
 def _likely_release(state: State, axes: int) -> str:
     """Returns the latest release of those that most likely trained a network."""
+    if axes == 2 and {"downs.0.3.weight", "downs.1.3.weight"} <= state.keys():
+        return "0.31.1"
     if "p2_loss_weight" in state:
-        return "1.4.6"
-    if axes == 1:
-        return "1.11.1"
-    return "0.31.1" if "downs.0.3.weight" in state and "downs.1.3.weight" in state else "1.6.2"
+        return "1.4.1"
+    return "1.11.1" if axes == 1 else "1.6.2"
 
 
 def _shape(state: State, facts: Facts, code: _Code, source: str) -> UnetShape:
