@@ -575,7 +575,7 @@ class Run:
             "device": engine.name,
             "seed": recipe.seed,
             "sampler": sampler,
-            "steps": loop.steps
+            "steps": list(loop.steps)  # as JSON gives it back
             if isinstance(loop.steps, tuple)
             else len(recipe.table(engine.spec)),
             "eta": loop.eta,

@@ -77,16 +77,17 @@ def dpmpp_2m(
     ]:
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; there are {', '.join(map(str, allowed))}")
-    all_sigma = _sigma(schedule)
+    every = _sigma(schedule.alpha_bar)
     if karras:
         if isinstance(steps, Sequence):
             raise ValueError("the sigmas of Karras et al. choose their own timesteps")
-        visited, sigmas = _karras(schedule, _count(schedule, steps))
+        every = _rounded_sigma(schedule)
+        visited, sigmas = _karras(every, _count(schedule, steps), cut=_is_cosine(schedule))
     else:
         visited = _visited(schedule, steps, spacing, offset)
-        sigmas = [float(all_sigma[t]) for t in visited]
+        sigmas = [float(every[t]) for t in visited]
     n, to_zero = len(visited), final_sigma == "zero"
-    sigmas.append(0.0 if to_zero else float(all_sigma[0]))
+    sigmas.append(0.0 if to_zero else float(every[0]))
     early = first_order_end == "always" or (first_order_end == "few" and n < FEW)
     table = []
     for k, t in enumerate(visited):
@@ -133,9 +134,9 @@ def _count(schedule: Schedule, steps: int | None) -> int:
     return n
 
 
-def _sigma(schedule: Schedule) -> Coefficients:
-    alpha_bar = np.maximum(schedule.alpha_bar, LEAST_ALPHA_BAR)
-    sigma: Coefficients = np.sqrt((1.0 - alpha_bar) / alpha_bar)
+def _sigma(alpha_bar: Coefficients) -> Coefficients:
+    alpha_bar = np.where(alpha_bar > 0, alpha_bar, np.asarray(LEAST_ALPHA_BAR, alpha_bar.dtype))
+    sigma: Coefficients = np.sqrt((1 - alpha_bar) / alpha_bar)
     return sigma
 
 
@@ -158,24 +159,32 @@ def _x0(sigma: float, prediction: Prediction) -> tuple[float, float]:
             )
 
 
-def _karras(schedule: Schedule, n: int) -> tuple[list[int], list[float]]:
+def _rounded_sigma(schedule: Schedule) -> Coefficients:
+    """Returns σ as diffusers has it: of float32 numbers, so that its least has four digits."""
+    alpha = 1 - schedule.beta.astype(np.float32)
+    return _sigma(np.cumprod(alpha, dtype=np.float64).astype(np.float32))
+
+
+def _is_cosine(schedule: Schedule) -> bool:
+    return schedule.name.startswith("cosine")
+
+
+def _karras(every: Coefficients, n: int, *, cut: bool) -> tuple[list[int], list[float]]:
     """Returns the timesteps and the σ that lie evenly in σ^(1/7), the largest first.
 
-    In float32 where diffusers computes in it, since the timesteps are rounded: and, for cosine
-    schedules alone, cut.
+    Args:
+        every: σ of each timestep.
+        n: How many.
+        cut: Timesteps are cut to whole numbers rather than rounded, as diffusers does where the
+            schedule is cosine.
     """
-    alpha_bar = np.cumprod(1 - schedule.beta.astype(np.float32), dtype=np.float64)
-    alpha_bar = np.maximum(alpha_bar.astype(np.float32), np.float32(LEAST_ALPHA_BAR))
-    every = np.sqrt((1 - alpha_bar) / alpha_bar)
     rho = 7.0
     low, high = (float(every[end]) ** (1 / rho) for end in (0, -1))
     sigmas = (high + np.linspace(0, 1, n) * (low - high)) ** rho
-    logs, log_every = np.log(sigmas), np.log(every)
+    log_every, logs = np.log(every), np.log(sigmas)
     below = np.searchsorted(log_every, logs, side="right") - 1
-    below = np.clip(below, 0, schedule.T - 2)
+    below = np.clip(below, 0, len(every) - 2)
     start, end = log_every[below], log_every[below + 1]
     share = np.clip((start - logs) / (start - end), 0, 1)
     t = (1 - share) * below + share * (below + 1)
-    if not schedule.name.startswith("cosine"):
-        t = t.round()
-    return [int(each) for each in t], [float(sigma) for sigma in sigmas]
+    return [int(each) for each in (t if cut else t.round())], sigmas.tolist()

@@ -10,14 +10,17 @@ import typer
 from ddpm_deploy.cli.common import (
     Device,
     Json,
+    ModelName,
     Observe,
+    Respacing,
     Seed,
     Threads,
     note,
-    parse_observations,
     print_json,
     print_table,
     rate,
+    recipe_of,
+    settings,
 )
 
 
@@ -32,8 +35,10 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="Steps a turn.")] = 20,
     repeat: Annotated[int, typer.Option(min=1, help="Turns each; the engines take turns.")] = 5,
     warm_up: Annotated[int, typer.Option(min=1, help="Steps before the clock starts.")] = 5,
+    respacing: Respacing = None,
     seed: Seed = 0,
     observe: Observe = None,
+    model: ModelName = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -41,7 +46,8 @@ def command(
     """Time steps of the sampling loop, each engine side by side.
 
     steps/s counts steps of the whole batch; images/s is for the family's own
-    sampler over all its steps. Ratios are to the torch loop, or the first row.
+    sampler over all its steps, or those of --respacing. Ratios are to the torch
+    loop, or the first row.
     """
     from dataclasses import asdict
 
@@ -51,13 +57,12 @@ def command(
     from ddpm_deploy.bench import Loop, engine_loop, measure
     from ddpm_deploy.doctor import machine
     from ddpm_deploy.engines import Engine, open_engine
-    from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES, check_path, needs
+    from ddpm_deploy.engines.base import check_path, is_checkpoint, needs
     from ddpm_deploy.errors import EngineError
-    from ddpm_deploy.run import Recipe
 
     if against is not None:
         check_path(against)
-        if against.suffix not in CHECKPOINT_SUFFIXES:
+        if not is_checkpoint(against):
             raise EngineError(
                 f"{against} is no checkpoint, so it has no loop in PyTorch.",
                 hint=f"Time it as an engine: --engine {against}",
@@ -65,22 +70,38 @@ def command(
     paths = list(dict.fromkeys(engine or [Path("unet.onnx")]))
     opened: list[Engine] = [open_engine(path, threads=threads, device=device) for path in paths]
     loops: dict[str, Loop] = {}
+    hint = "Time engines of one schedule, or leave --respacing out."
     rows: dict[str, int] = {}
     spec = opened[0].spec
-    observations = parse_observations(observe or (), spec, example=True)
-    recipe = Recipe(seed=seed, observations=observations)
+    recipe = recipe_of(
+        spec,
+        seed=seed,
+        sampler=None,
+        steps=None,
+        eta=None,
+        spacing=None,
+        label=None,
+        guidance=1.0,
+        observe=observe,
+        example=True,
+        respacing=respacing,
+    )
     if against is not None:
         with needs("torch", extra="export"):
             from ddpm_deploy.engines.pytorch import TorchEngine, torch_loop
-        reference = TorchEngine.open(against, threads=threads, device=device, spec=spec)
+        reference = TorchEngine.open(
+            against, threads=threads, device=device, spec=spec, model=model
+        )
         name = f"{reference.name} loop"
-        loops[name] = torch_loop(reference, recipe, batch)
-        rows[name] = len(recipe.table(reference.spec))
+        with settings(hint):
+            loops[name] = torch_loop(reference, recipe, batch)
+            rows[name] = len(recipe.table(reference.spec))
     alike = len({path.name for path in paths}) < len(paths)
     for each in opened:
         name = f"{each.name} {each.path if alike else each.path.name}"
-        loops[name] = engine_loop(each, recipe, batch)
-        rows[name] = len(recipe.table(each.spec))
+        with settings(hint):
+            loops[name] = engine_loop(each, recipe, batch)
+            rows[name] = len(recipe.table(each.spec))
     shortest = min(steps, *rows.values())
     note(f"timing at batch {batch}: {len(loops)} x {repeat} turns of {shortest} steps")
     results = [*measure(loops, batch=batch, rows=rows, steps=steps, repeat=repeat, warm_up=warm_up)]

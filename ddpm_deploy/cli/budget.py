@@ -14,12 +14,14 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    ModelName,
     Observe,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
-    SpecOf,
+    SpecFile,
     Steps,
     Threads,
     note,
@@ -65,11 +67,13 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
-    spec_from: SpecOf = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -97,7 +101,9 @@ def command(
     if not 1 <= factor < float("inf"):
         raise typer.BadParameter(f"{factor} is not at least 1 and finite", param_hint="--factor")
     with (
-        open_engine(network, threads=threads, device=device, spec=spec_of(spec_from)) as engine,
+        open_engine(
+            network, threads=threads, device=device, spec=spec_of(spec_file), model=model
+        ) as engine,
         # Opened before the loop: a place that cannot be written shall not cost the work.
         nullcontext() if output is None else whole_file(output) as partial,
         ExitStack() as stack,
@@ -114,6 +120,7 @@ def command(
             guidance=guidance,
             observe=observe,
             example=True,
+            respacing=respacing,
         )
         with settings("See: ddpm-deploy budget --help"):
             loop = engine_loop(engine, recipe, range(count))

@@ -37,6 +37,10 @@ Eta = Annotated[
 SpacingName = Annotated[
     str | None, typer.Option(help="How --steps are chosen: leading, linspace or trailing.")
 ]
+Respacing = Annotated[
+    str | None,
+    typer.Option(help="Timesteps as OpenAI's timestep_respacing: 250, 10,15,20 or ddim25."),
+]
 Label = Annotated[
     str | None,
     typer.Option(help="Class: 3, cat, or 0,1,2 in turn, or none; all if left out."),
@@ -53,10 +57,19 @@ Observe = Annotated[
         "mod N. May be repeated.",
     ),
 ]
-SpecOf = Annotated[
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="The code that makes your own network, which is run: mynet:make.",
+    ),
+]
+SpecFile = Annotated[
     Path | None,
     typer.Option(
-        "--spec", help="An engine made from the checkpoint: says of it what its file does not."
+        "--spec",
+        help="What a checkpoint does not say of itself: a spec.toml, or an engine made from it.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -69,13 +82,6 @@ def _seed(value: int) -> int:
 
 
 Seed = Annotated[int, typer.Option(min=0, callback=_seed, help="Seed of the noise.")]
-
-
-def spec_of(path: Path | None) -> ModelSpec | None:
-    """Reads `--spec`; errors as from `read_spec`."""
-    from ddpm_deploy.engines.base import read_spec
-
-    return None if path is None else read_spec(path)
 
 
 @contextmanager
@@ -134,6 +140,7 @@ def recipe_of(
     guidance: float,
     observe: Sequence[str] | None = None,
     example: bool = False,
+    respacing: str | None = None,
 ) -> Recipe:
     """Makes a recipe of the options that say what loop it is; its table refuses unknown names.
 
@@ -149,11 +156,23 @@ def recipe_of(
         observe: The `--observe`s, as they were typed.
         example: Whether observations may be standard normal numbers where none is given, for loops
             that are compared or timed.
+        respacing: `--respacing`; ddim and a number also choose that sampler, where none is named.
     """
     from typing import cast
 
+    from ddpm_deploy.respacing import respaced, respaced_sampler
     from ddpm_deploy.run import Recipe
     from ddpm_deploy.sampling import Sampler, Spacing
+
+    if respacing is not None:
+        if steps is not None or spacing is not None:
+            raise typer.BadParameter(
+                "it chooses the timesteps itself; leave --steps, --spacing and --timesteps out",
+                param_hint="--respacing",
+            )
+        with settings("Type --respacing 100, or ddim and a number, such as --respacing ddim25"):
+            steps = respaced(spec.schedule.T, respacing)
+        sampler = sampler or respaced_sampler(respacing)
 
     return Recipe(
         seed=seed,
@@ -203,6 +222,24 @@ def parse_observations(
             drawn = SeededNoise(0, range(8), inputs[name].shape)(0)
             found[name] = tuple(tuple(row) for row in drawn.reshape(len(drawn), -1).tolist())
     return found
+
+
+def spec_of(path: Path | None) -> ModelSpec | None:
+    """Reads `--spec`, what a checkpoint does not say; None where it was left out.
+
+    Raises:
+        SpecError: The file says nothing, or is damaged.
+        EngineError: As from `read_spec`.
+    """
+    if path is None:
+        return None
+    from ddpm_deploy.engines.base import needs, read_spec
+
+    if path.suffix != ".toml":
+        return read_spec(path)
+    with needs("torch", extra="export"):
+        from ddpm_deploy.model.spec_toml import read_spec_toml
+    return read_spec_toml(path).spec
 
 
 def note(text: str) -> None:

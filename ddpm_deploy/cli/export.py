@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ddpm_deploy.cli.common import Json, note, print_json, settings
+from ddpm_deploy.cli.common import Json, ModelName, SpecFile, note, print_json, settings
 from ddpm_deploy.cli.describe_checkpoint import (
     loop_in_words,
     parse_settings,
@@ -17,7 +17,9 @@ from ddpm_deploy.cli.describe_checkpoint import (
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .ckpt, .safetensors.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint: .pt, .ckpt, .safetensors, a folder, or a .pt2.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")] = Path(
         "unet.onnx"
     ),
@@ -46,6 +48,8 @@ def command(
         float | None,
         typer.Option(help="Put guidance of this scale into the graph: a doubled batch inside."),
     ] = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     opset: Annotated[int, typer.Option(help="ONNX opset; TensorRT 10.3 (Jetson) reads 20.")] = 20,
     json: Json = False,
 ) -> None:
@@ -65,10 +69,20 @@ def command(
         raise typer.BadParameter(f"{weights!r} is neither ema nor online", param_hint="--weights")
     if output.suffix != ".onnx":
         raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
+    options = {
+        "--image-size": image_size,
+        "--schedule": schedule,
+        "--timesteps": timesteps,
+        "--prediction": prediction,
+    }
+    typed = next((name for name, value in options.items() if value is not None), None)
+    if spec_file is not None and typed is not None:
+        raise typer.BadParameter(f"{spec_file} says it; leave {typed} out", param_hint=typed)
     with needs("torch", extra="export"):
         from ddpm_deploy.export.to_onnx import export_network
         from ddpm_deploy.model import load_network
         from ddpm_deploy.model.family import Weights
+        from ddpm_deploy.model.spec_toml import read_spec_toml
     with needs("onnxruntime", extra="cpu"):
         import onnxruntime  # noqa: F401  (the check needs it: say so before the work)
 
@@ -78,6 +92,7 @@ def command(
             if schedule or timesteps
             else None
         )
+    told = None if spec_file is None else read_spec_toml(spec_file)
     loaded = load_network(
         checkpoint,
         image_size=parse_size(image_size),
@@ -86,11 +101,15 @@ def command(
         weights=cast("Weights | None", weights),
         settings=parse_settings(said or []),
         guidance=guidance,
+        spec=None if told is None else told.spec,
+        model=model,
     )
+    facts = (*loaded.facts, *(() if told is None else told.facts))
     spec = loaded.spec
     shape = "x".join(map(str, spec.sample_shape))
-    note(f"{checkpoint}: {spec.family}, {spec.weights} weights, {shape}")
-    print_facts(loaded.facts)
+    weighed = f"{spec.weights} weights, " if spec.weights else ""
+    note(f"{checkpoint}: {spec.family}, {weighed}{shape}")
+    print_facts(facts)
     note(f"its own loop, which sample runs: {loop_in_words(spec)}")
     with settings("See: ddpm-deploy export --help"):
         exported = export_network(loaded.network, spec, output, opset=opset)
@@ -111,7 +130,7 @@ def command(
                 "seconds": exported.seconds,
                 "largest_deviation": worst,
                 "weights": spec.weights,
-                "facts": [asdict(fact) for fact in loaded.facts],
+                "facts": [asdict(fact) for fact in facts],
                 "spec": spec.to_dict(),
             }
         )

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ddpm_deploy.cli.common import Json, note, print_json, print_table, size
+from ddpm_deploy.cli.common import (
+    Json,
+    ModelName,
+    SpecFile,
+    note,
+    print_json,
+    print_table,
+    size,
+    spec_of,
+)
 from ddpm_deploy.cli.describe_checkpoint import loop_in_words, parse_settings, parse_size
 
 if TYPE_CHECKING:
@@ -24,6 +33,8 @@ def command(
         list[str] | None,
         typer.Option("--set", help="A fact of a checkpoint that does not say: --set heads=4."),
     ] = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     json: Json = False,
 ) -> None:
     """Print what a file is: network, precision, memory, where it runs.
@@ -46,10 +57,17 @@ def command(
             facts = graph_facts(file)
         case _:
             facts = checkpoint_facts(
-                file, image_size=parse_size(image_size), settings=parse_settings(said or [])
+                file,
+                image_size=parse_size(image_size),
+                settings=parse_settings(said or []),
+                spec=spec_of(spec_file),
+                model=model,
             )
-    nbytes = file.stat().st_size
-    digest = facts.spec.checkpoint_sha256 if facts.spec and file.is_dir() else sha256(file)
+    if file.is_dir():
+        nbytes = sum(each.stat().st_size for each in file.rglob("*") if each.is_file())
+        digest = facts.spec.checkpoint_sha256 if facts.spec else ""
+    else:
+        nbytes, digest = file.stat().st_size, sha256(file)
     if facts.missing:
         note(f"note: {facts.missing}")
     if json:

@@ -10,9 +10,10 @@ import typer
 from ddpm_deploy.cli.common import (
     Device,
     Json,
+    ModelName,
     Progress,
     Seed,
-    SpecOf,
+    SpecFile,
     Threads,
     note,
     print_json,
@@ -53,7 +54,8 @@ def command(
     label_free: Annotated[
         bool, typer.Option("--label-free", help="Give the null label, not the data's labels.")
     ] = False,
-    spec_from: SpecOf = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -76,7 +78,9 @@ def command(
     from ddpm_deploy.noise import SeededNoise
     from ddpm_deploy.run import batch_for
 
-    with open_engine(engine, threads=threads, device=device, spec=spec_of(spec_from)) as opened:
+    with open_engine(
+        engine, threads=threads, device=device, spec=spec_of(spec_file), model=model
+    ) as opened:
         spec = opened.spec
         if not is_picture(spec.sample_shape):
             raise DataError(f"Samples of {engine} are {spec.sample_shape}: no pictures.")

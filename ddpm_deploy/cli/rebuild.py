@@ -25,6 +25,7 @@ def open_or_rebuild(
     threads: int | None,
     device: str,
     spec: ModelSpec | None = None,
+    model: str | None = None,
 ) -> Engine:
     """Opens an engine; a plan that is not for this machine is built again, if that is wanted.
 
@@ -34,6 +35,7 @@ def open_or_rebuild(
         threads: CPU threads.
         device: `cpu`, `cuda` or `auto`.
         spec: What a checkpoint is that does not say.
+        model: The code of a user's own network.
 
     Raises:
         EngineError: As from `open_engine`; or nothing says how the plan was built.
@@ -44,7 +46,7 @@ def open_or_rebuild(
             f"--rebuild is for a TensorRT plan; {path} is none.", hint="Leave --rebuild out."
         )
     try:
-        return open_engine(path, threads=threads, device=device, spec=spec)
+        return open_engine(path, threads=threads, device=device, spec=spec, model=model)
     except PlanMismatchError as mismatch:
         record = read_record(path)
         if not rebuild:

@@ -14,12 +14,14 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    ModelName,
     Observe,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
-    SpecOf,
+    SpecFile,
     Steps,
     Threads,
     note,
@@ -44,6 +46,7 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     start: Annotated[int, typer.Option(min=0, help="Index of the first image, for shards.")] = 0,
     batch: Annotated[
@@ -52,7 +55,8 @@ def command(
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
-    spec_from: SpecOf = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     gif: Annotated[
         bool, typer.Option("--gif", help="Also x0.gif: predicted x_0 unfolding.")
     ] = False,
@@ -77,7 +81,12 @@ def command(
     from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Run, batch_for, recorded_batch
 
     with open_or_rebuild(
-        engine, rebuild=rebuild, threads=threads, device=device, spec=spec_of(spec_from)
+        engine,
+        rebuild=rebuild,
+        threads=threads,
+        device=device,
+        spec=spec_of(spec_file),
+        model=model,
     ) as opened:
         recipe = recipe_of(
             opened.spec,
@@ -89,6 +98,7 @@ def command(
             label=label,
             guidance=guidance,
             observe=observe,
+            respacing=respacing,
         )
         with settings("See: ddpm-deploy sample --help"):
             table = recipe.table(opened.spec)

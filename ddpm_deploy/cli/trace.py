@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,12 +14,14 @@ from ddpm_deploy.cli.common import (
     Eta,
     Guidance,
     Label,
+    ModelName,
     Observe,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
-    SpecOf,
+    SpecFile,
     Steps,
     Threads,
     note_untrained,
@@ -54,11 +57,11 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
-    spec_from: SpecOf = None,
     polygraphy: Annotated[
         Path | None,
         typer.Option(help="Folder: also the network's inputs and outputs for Polygraphy."),
@@ -67,6 +70,8 @@ def command(
         Path | None,
         typer.Option(help="Folder: also the same for trtexec, with the commands."),
     ] = None,
+    model: ModelName = None,
+    spec_file: SpecFile = None,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -95,7 +100,9 @@ def command(
             hint=f"Type -o {path.with_suffix(SUFFIX)}",
         )
     with (
-        open_engine(engine, threads=threads, device=device, spec=spec_of(spec_from)) as opened,
+        open_engine(
+            engine, threads=threads, device=device, spec=spec_of(spec_file), model=model
+        ) as opened,
         # Opened before the loop: a place that cannot be written shall not cost the work.
         whole_file(path) as partial,
     ):
@@ -103,7 +110,7 @@ def command(
         recipe = recipe_of(
             spec,
             seed=seed,
-            sampler=sampler or spec.sampler,
+            sampler=sampler,
             steps=steps,
             eta=eta,
             spacing=spacing,
@@ -111,7 +118,9 @@ def command(
             guidance=guidance,
             observe=observe,
             example=True,
+            respacing=respacing,
         )
+        recipe = replace(recipe, sampler=recipe.sampler or spec.sampler)
         if polygraphy or trtexec:
             check_calls(spec, recipe)
         if polygraphy:

@@ -18,8 +18,10 @@ from ddpm_deploy.cli.common import (
     Guidance,
     Json,
     Label,
+    ModelName,
     Observe,
     Progress,
+    Respacing,
     SamplerName,
     Seed,
     SpacingName,
@@ -45,7 +47,17 @@ ROWS = 12
 REPORTS = (".json", ".html", ".xml", ".sarif")
 
 _PARTS = ("out", "x0", "x")
-_OF_THE_LOOP = ("count", "sampler", "steps", "eta", "spacing", "seed", "label", "guidance")
+_OF_THE_LOOP = (
+    "count",
+    "sampler",
+    "steps",
+    "eta",
+    "spacing",
+    "respacing",
+    "seed",
+    "label",
+    "guidance",
+)
 
 
 def command(
@@ -102,10 +114,12 @@ def command(
     steps: Steps = None,
     eta: Eta = None,
     spacing: SpacingName = None,
+    respacing: Respacing = None,
     seed: Seed = 0,
     label: Label = None,
     guidance: Guidance = 1.0,
     observe: Observe = None,
+    model: ModelName = None,
     threads: Threads = None,
     device: Device = "auto",
     json: Json = False,
@@ -132,7 +146,9 @@ def command(
         # Opened before the loop: a place that cannot be written shall not cost the work.
         reports = {path: stack.enter_context(_report(path)) for path in output or ()}
         deployed = open_side(stack, engine, threads=threads, device=device)
-        reference = open_side(stack, against, spec=deployed.spec, threads=threads, device=device)
+        reference = open_side(
+            stack, against, spec=deployed.spec, threads=threads, device=device, model=model
+        )
         _check_loop(ctx, {engine: deployed, against: reference})
         if bisect:
             _check_bisect({engine: deployed, against: reference})
@@ -147,6 +163,7 @@ def command(
             guidance=guidance,
             observe=observe,
             example=True,
+            respacing=respacing,
         )
         with settings("See: ddpm-deploy verify --help"), ExitStack() as bar:
             watch = _Watch(bar, deployed)

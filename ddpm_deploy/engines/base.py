@@ -17,7 +17,7 @@ from ddpm_deploy.precision import Precision
 from ddpm_deploy.sampling import Transition
 from ddpm_deploy.spec import ModelSpec
 
-CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pt2")
 
 
 class Engine(ABC):
@@ -253,15 +253,18 @@ def open_engine(
     threads: int | None = None,
     device: str = "auto",
     spec: ModelSpec | None = None,
+    model: str | None = None,
 ) -> Engine:
     """Opens a network by its file's suffix.
 
     Args:
-        path: `.onnx` for ONNX Runtime, `.plan` for TensorRT, a checkpoint (`.pt`, `.pth`, `.ckpt`)
-            for PyTorch, the reference.
+        path: `.onnx` for ONNX Runtime, `.plan` for TensorRT, a checkpoint (`.pt`, `.pth`, `.ckpt`,
+            a family's folder) or a program (`.pt2`) for PyTorch, the reference.
         threads: CPU threads for one call; the runtime's own choice when None.
         device: `cpu`, `cuda`, or `auto` for CUDA where the runtime has it.
         spec: What the network is, for a checkpoint that does not say; ignored for other files.
+        model: `package.module:factory`, for the checkpoint of a network of the user's own; ignored
+            for other files.
 
     Raises:
         EngineError: The file is missing, damaged or of an unknown kind, or the device is not there.
@@ -288,12 +291,24 @@ def open_engine(
         case _:
             with needs("torch", extra="export"):
                 from ddpm_deploy.engines.pytorch import TorchEngine  # noqa: PLC0415
-            return TorchEngine.open(path, threads=threads, device=device, spec=spec)
+            return TorchEngine.open(path, threads=threads, device=device, spec=spec, model=model)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tells whether PyTorch opens a path: by its suffix, or as a folder that holds such files."""
+    if not path.is_dir():
+        return path.suffix in CHECKPOINT_SUFFIXES
+    names = [each.name for each in (*path.glob("*"), *path.glob("*/*"))]
+    return bool({"model_index.json", "config.json"} & {*names}) or any(
+        name.endswith(CHECKPOINT_SUFFIXES) for name in names
+    )
 
 
 def check_path(path: Path) -> None:
     """Raises EngineError where a path is no engine's; whether a plan is there its sidecar says."""
     if path.is_dir():
+        if is_checkpoint(path):
+            return
         raise EngineError(
             f"{path} is a folder; an engine is a file.",
             hint="Give the path of the file in it.",

@@ -15,9 +15,13 @@ from ddpm_deploy.arrays import Array, Samples
 from ddpm_deploy.bench import Loop, StepTime
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import EngineError
+from ddpm_deploy.model.blame import said
 from ddpm_deploy.model.checkpoint import load_network
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.spec import ModelSpec
+
+_FAILURES = (RuntimeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a network raises, a user's own one too."""
 
 
 class TorchEngine(Engine):
@@ -71,9 +75,10 @@ class TorchEngine(Engine):
         threads: int | None = None,
         device: str = "auto",
         spec: ModelSpec | None = None,
+        model: str | None = None,
     ) -> TorchEngine:
         """Opens a checkpoint; arguments and errors as in `open_engine`."""
-        loaded = load_network(path, spec=spec)
+        loaded = load_network(path, spec=spec, model=model)
         return cls(loaded.network, loaded.spec, path=path, device=device, threads=threads)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
@@ -82,9 +87,9 @@ class TorchEngine(Engine):
         try:
             with torch.inference_mode():
                 return np.asarray(self.network(*tensors).cpu().numpy(), dtype=np.float32)
-        except RuntimeError as error:  # torch's out-of-memory error is one too
+        except _FAILURES as error:  # torch's out-of-memory error is a RuntimeError
             raise EngineError(
-                f"PyTorch failed on a batch of {len(feeds['x'])}: {str(error).splitlines()[0]}",
+                f"PyTorch failed on a batch of {len(feeds['x'])}: {said(error)}",
                 hint="If it ran out of memory, type a smaller --batch.",
             ) from error
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from ddpm_deploy.arrays import Array, Samples
-from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES, Engine, needs
+from ddpm_deploy.engines.base import Engine, is_checkpoint, needs
 from ddpm_deploy.errors import DDPMDeployError, ExportError
 from ddpm_deploy.export.bisect import Bisection, NotFinite, TensorError, bisect_graphs
 from ddpm_deploy.export.compare import differences, weight_differences
@@ -292,12 +292,15 @@ def _graph(engine: Engine) -> onnx.ModelProto:
     path = source_graph(engine)
     if path is not None:
         return load_graph(path)
-    if engine.path.suffix in CHECKPOINT_SUFFIXES:
+    if is_checkpoint(engine.path):
         with needs("torch", extra="export"):
+            from ddpm_deploy.engines.pytorch import TorchEngine  # noqa: PLC0415
             from ddpm_deploy.export.to_onnx import trace_network  # noqa: PLC0415
-            from ddpm_deploy.model import load_network  # noqa: PLC0415
-        loaded = load_network(engine.path, spec=engine.spec)
-        return trace_network(loaded.network, engine.spec)
+        if isinstance(engine, TorchEngine):
+            try:
+                return trace_network(engine.network.cpu(), engine.spec)
+            finally:
+                engine.network.to(engine.device)
     raise ExportError(
         f"The graph that {engine.path} was built from is not here, and a plan cannot be walked.",
         hint="Copy it beside the plan, or walk the graph: ddpm-deploy verify --bisect "

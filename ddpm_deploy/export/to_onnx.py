@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import secrets
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.check import Deviation, check_graph
 from ddpm_deploy.files import flush, whole_file
+from ddpm_deploy.model.blame import said
 from ddpm_deploy.spec import METADATA_KEY, ModelSpec
 
 OPSETS = range(18, 24)
@@ -125,8 +127,9 @@ def trace_network(network: nn.Module, spec: ModelSpec, *, opset: int = 20) -> on
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(
-            f"torch.onnx could not export this network: {' '.join(str(error).split())[:500]}",
-            hint="Networks of the documented families export; see docs/checkpoints.md.",
+            f"torch.onnx could not export this network: {said(error)}",
+            hint="What it computes may depend on shapes, and not on the numbers in x and t; its "
+            "batch must be free. Networks of the documented families export.",
         ) from error
     if program is None:
         raise ExportError("torch.onnx gave no graph.")
@@ -152,12 +155,13 @@ def _free_batch(network: nn.Module, inputs: int) -> tuple[Any, ...]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps torch's remarks about its own insides from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace")]
+    names = ("torch.onnx", "torch.__trace", "torch.fx", "torch.fx.experimental.symbolic_shapes")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # graphs of what failed
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -7,17 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.files import sha256
 from ddpm_deploy.model.facts import Fact, Facts, Said
 from ddpm_deploy.model.families import FAMILIES, detect
-from ddpm_deploy.model.family import Family, Opened, Reading, State, Weights
+from ddpm_deploy.model.family import Family, Opened, Reading, Weights
+from ddpm_deploy.model.foreign_files import check_folder, is_accelerate, weights_in
 from ddpm_deploy.model.guided import Guided
 from ddpm_deploy.model.opening import read_content
+from ddpm_deploy.model.own import Timed, check_call, check_model, load_own
+from ddpm_deploy.model.program import is_program, load_program
+from ddpm_deploy.model.tensors import check_numbers, check_tensors
 from ddpm_deploy.model.unet import HEADS
+from ddpm_deploy.model.wrapping import unwrap
 from ddpm_deploy.sampling import Prediction
 from ddpm_deploy.schedule import Schedule
 from ddpm_deploy.spec import ModelSpec
@@ -28,10 +32,6 @@ OWN_FAMILY = "ddpm-deploy"
 _OWN = {"heads": HEADS}
 """What every network of `train` has and its spec does not say."""
 
-_WRAPPERS: Mapping[Weights, tuple[str, ...]] = {
-    "ema": ("ema", "ema_model"),
-    "online": ("model", "model_state_dict", "state_dict", "unet", "net", "net_model"),
-}
 _PREFIXES = ("module.", "_orig_mod.", "model.", "unet.", "ema_model.")
 
 
@@ -65,11 +65,13 @@ def load_network(
     settings: Mapping[str, Any] | None = None,
     guidance: float | None = None,
     spec: ModelSpec | None = None,
+    model: str | None = None,
 ) -> LoadedNetwork:
     """Loads a checkpoint as the network it is.
 
     Args:
-        path: A `.pt`, `.pth`, `.ckpt` or `.bin` file, `.safetensors`, or a family's folder.
+        path: A `.pt`, `.pth`, `.ckpt` or `.bin` file, `.safetensors`, a `.pt2` program, or a
+            family's folder.
         image_size: Side or (height, width), or a sequence's length, which no state dict says; the
             file's or the family's own when None.
         schedule: The schedule of training; as `image_size`.
@@ -77,7 +79,9 @@ def load_network(
         weights: `ema` or `online`; EMA where the file has it, when None.
         settings: What else the file does not say, by the names in `LoadedNetwork.facts`.
         guidance: Scale of classifier-free guidance to put into the network; none when None.
-        spec: What the network is, for files that do not say: that of an engine made from it.
+        spec: What the network is, for files that do not say: that of an engine made from it, or
+            of a spec.toml.
+        model: `package.module:factory`, whose code makes a network of the user's own.
 
     Raises:
         CheckpointError: The file is missing, damaged, no network, needs code to be read, or holds
@@ -87,26 +91,47 @@ def load_network(
         SpecError: The spec in a checkpoint of ours is damaged or of a later version.
     """
     path = Path(path)
-    opened = open_checkpoint(path, weights)
-    if spec and weights is None and spec.weights in set(opened.choices) - {opened.weights}:
-        opened = open_checkpoint(path, spec.weights)
-    family = detect(opened.state, source=str(path))
-    own = _own_spec(opened.content, path)
     said = Said(
         image_size=(image_size,) if isinstance(image_size, int) else image_size,
         schedule=schedule,
         prediction=prediction,
         settings=dict(settings or {}),
     )
+    loaded = _load_network(path, said, weights, spec, model)
+    scale = guidance if guidance is not None or spec is None else spec.guidance
+    if scale is None:
+        return loaded
+    network = Guided(loaded.network, loaded.spec, scale).eval()
+    return replace(loaded, network=network, spec=loaded.spec.with_changes(guidance=scale))
+
+
+def _load_network(
+    path: Path, said: Said, weights: Weights | None, spec: ModelSpec | None, model: str | None
+) -> LoadedNetwork:
+    """Loads a checkpoint, without guidance."""
+    if is_program(path):
+        return _load_program(path, model, spec, said.settings)
+    check_model(model, spec, path)
+    settings = dict(said.settings)
+    key = str(settings.pop("key", spec.network.get("key", "") if spec else ""))
+    opened = open_checkpoint(path, weights, key)
+    if spec and weights is None and spec.weights in set(opened.choices) - {opened.weights}:
+        opened = open_checkpoint(path, spec.weights, key)
+    if model is not None and spec is not None:
+        return _load_own(opened, spec, model, settings, key)
+    family = detect(opened.state, source=str(path), whole=opened.whole)
+    own = _own_spec(opened.content, path)
+    said = replace(said, settings=settings)
     known = own or spec
     if own is not None:
         _check_said(own, said, path)
     if known is not None:
+        replayed = {name: value for name, value in known.network.items() if name != "key"}
         said = Said(
             image_size=known.sample_shape[1:],
             schedule=known.schedule,
             prediction=known.prediction,
-            settings={**(_OWN if own else {}), **known.network, **said.settings},
+            settings={**(_OWN if own else {}), **replayed, **said.settings},
             source="config",
         )
     facts = Facts(said, source=str(path))
@@ -118,22 +143,22 @@ def load_network(
     found = found.with_changes(
         checkpoint_sha256=sha256(*opened.files),
         weights=opened.weights,
-        network={fact.name: fact.value for fact in facts.all if fact.option.startswith("--set")},
+        network={
+            **{fact.name: fact.value for fact in facts.all if fact.option.startswith("--set")},
+            **({"key": key} if key else {}),
+        },
     )
     network = _load(family, reading, opened)
-    scale = guidance if guidance is not None or spec is None else spec.guidance
-    if scale is not None:
-        network = Guided(network, found, scale).eval()
-        found = found.with_changes(guidance=scale)
-    return LoadedNetwork(network=network, spec=found, facts=(_taken(opened), *facts.all))
+    return LoadedNetwork(network=network, spec=found, facts=(*_taken(opened, key), *facts.all))
 
 
-def open_checkpoint(path: Path, weights: Weights | None = None) -> Opened:
+def open_checkpoint(path: Path, weights: Weights | None = None, key: str = "") -> Opened:
     """Reads a checkpoint and takes its weights out of their wrapping.
 
     Args:
-        path: A file, or a family's folder.
+        path: A file, or a folder of a family or of accelerate.
         weights: `ema` or `online`; EMA where it is there, when None.
+        key: Of the network among several in one file, `unet` or `models.unet`.
 
     Raises:
         CheckpointError: It is missing, damaged, no network, or lacks those weights.
@@ -143,18 +168,30 @@ def open_checkpoint(path: Path, weights: Weights | None = None) -> Opened:
         for family in FAMILIES:
             if family.open_folder and (opened := family.open_folder(path, weights)):
                 return opened
-    content = read_content(path)
-    for family in FAMILIES:
-        if family.unwrap and (opened := family.unwrap(content, path, weights)):
-            return opened if opened.files else replace(opened, files=(path,))
-    raw, taken, choices = _unwrap(content, path, weights)
+    file = _weights_of(path) if path.is_dir() else path
+    content = read_content(file)
+    if not key:
+        for family in FAMILIES:
+            if family.unwrap and (opened := family.unwrap(content, file, weights)):
+                check_tensors(opened.state, path)
+                return opened if opened.files else replace(opened, files=(file,))
+    unwrapped = unwrap(content, file, weights, _is_known, key)
+    if weights == "ema" and not unwrapped.named and "ema" not in unwrapped.found:
+        raise CheckpointError(
+            f"{path} holds one set of weights and does not say that it is the EMA's.",
+            hint="Leave --weights out, or give the EMA's own file (ema_ckpt.pt).",
+        )
+    taken = choose_weights(unwrapped.found, path, weights)
+    state = strip_prefixes(unwrapped.found[taken])
+    check_tensors(state, path)
     return Opened(
         path=path,
-        state=strip_prefixes(raw),
+        state=state,
         weights=taken,
-        choices=choices,
+        choices=tuple(unwrapped.found),
         content=content,
-        files=(path,),
+        files=(file,),
+        whole={k: v for k, v in unwrapped.whole.items() if isinstance(v, Tensor)},
     )
 
 
@@ -181,48 +218,11 @@ def choose_weights(found: Mapping[Weights, Any], path: Path, weights: Weights | 
 def strip_prefixes(raw: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors of a dictionary without the prefixes that all their names share."""
     state = {k: v.detach() for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
+    while state and (
+        prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), "")
+    ):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
-
-
-def _unwrap(
-    content: Any, path: Path, weights: Weights | None
-) -> tuple[Mapping[str, Any], Weights, tuple[Weights, ...]]:
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not a dictionary of tensors.",
-            hint="Save the weights alone: torch.save(model.state_dict(), 'ckpt.pt')",
-        )
-    if content.keys() == {"state", "param_groups"}:
-        siblings = [n for n in ("ema_ckpt.pt", "ckpt.pt") if (path.parent / n).is_file()]
-        sibling = path.parent / (siblings[0] if siblings else "ckpt.pt")
-        raise CheckpointError(
-            f"{path} is an optimizer's state, not a network.",
-            hint=f"The weights are usually beside it: ddpm-deploy export {sibling}",
-        )
-    found: dict[Weights, Mapping[str, Any]] = {}
-    for kind, keys in _WRAPPERS.items():
-        for key in keys:
-            inner = content.get(key)
-            if kind not in found and isinstance(inner, Mapping) and _tensors(inner):
-                found[kind] = inner
-    if not found:
-        if not _tensors(content):
-            raise CheckpointError(
-                f"{path} holds no tensors; its keys are {', '.join(map(str, list(content)[:5]))}.",
-                hint="Save the weights: torch.save(model.state_dict(), 'ckpt.pt')",
-            )
-        found["online"] = content
-        if weights == "ema" and not path.name.startswith("ema"):
-            raise CheckpointError(
-                f"{path} holds one set of weights and does not say that it is the EMA's.",
-                hint="Leave --weights out, or give the EMA's own file (ema_ckpt.pt).",
-            )
-        only: Weights = "ema" if path.name.startswith("ema") else "online"
-        return content, only, (only,)
-    taken = choose_weights(found, path, weights)
-    return found[taken], taken, tuple(found)
 
 
 def _read(family: Family, opened: Opened, facts: Facts) -> Reading:
@@ -237,7 +237,7 @@ def _read(family: Family, opened: Opened, facts: Facts) -> Reading:
 def _load(family: Family, reading: Reading, opened: Opened) -> nn.Module:
     """Loads the weights strictly, once they are known to be finite numbers."""
     state = opened.state if reading.state is None else reading.state
-    _check_numbers(state, opened.path)
+    check_numbers(state, opened.path)
     network = reading.network
     try:
         network.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
@@ -255,31 +255,69 @@ def _unfit(family: Family, opened: Opened, error: Exception) -> CheckpointError:
     )
 
 
-def _check_numbers(state: State, path: Path) -> None:
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{path} holds {tensor.dtype} in {name}; weights are floating-point numbers.",
-                hint="Quantised weights cannot be exported: take the file that was trained.",
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            wrong = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"{path} has numbers that are not finite: {wrong} of {tensor.numel()} in {name}.",
-                hint="Training diverged before this was saved; take an earlier checkpoint.",
-            )
-
-
-def _taken(opened: Opened) -> Fact:
-    choices = ", ".join(opened.choices)
-    if len(opened.choices) > 1:
-        return Fact(
-            name="weights",
-            value=f"{opened.weights} (of {choices})",
-            source="weights",
-            option="--weights",
+def _load_program(
+    path: Path, model: str | None, spec: ModelSpec | None, settings: Mapping[str, Any]
+) -> LoadedNetwork:
+    if model is not None or settings:
+        option = f"--set {next(iter(settings))}" if settings else "--model"
+        raise CheckpointError(
+            f"{path} is a program of torch.export: the whole network, which takes no {option}.",
+            hint=f"Leave {option} out.",
         )
-    return Fact(name="weights", value=opened.weights, source="weights")
+    program, found = load_program(path, spec)
+    found = found.with_changes(checkpoint_sha256=sha256(path), weights="")
+    network = Timed(program, str(found.network.get("timestep", "index")), found.schedule.T)
+    check_call(network, found, f"The program {path}")
+    return LoadedNetwork(network=network, spec=found)
+
+
+def _load_own(
+    opened: Opened, spec: ModelSpec, model: str, settings: Mapping[str, Any], key: str
+) -> LoadedNetwork:
+    own = load_own(opened, spec, model, settings)
+    found = own.spec.with_changes(
+        checkpoint_sha256=sha256(*opened.files),
+        weights=opened.weights,
+        network={**own.spec.network, **({"key": key} if key else {})},
+    )
+    return LoadedNetwork(network=own.network, spec=found, facts=(*_taken(opened, key), *own.facts))
+
+
+def _is_known(tensors: Mapping[str, Any]) -> bool:
+    """Tells whether tensors are a network of a family as they stand."""
+    state = strip_prefixes(tensors)
+    return any(family.matches(state) for family in FAMILIES)
+
+
+def _weights_of(folder: Path) -> Path:
+    """Returns the weights in a folder of accelerate; other folders are refused by their names.
+
+    Raises:
+        CheckpointError: It is none, or holds several networks.
+    """
+    if not is_accelerate(folder):
+        check_folder(folder)
+    files = weights_in(folder)
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder} is a folder of accelerate with several networks: "
+            f"{', '.join(file.name for file in files)}.",
+            hint=f"Give the one that samples: ddpm-deploy export {files[0]}",
+        )
+    return files[0]
+
+
+def _taken(opened: Opened, key: str) -> tuple[Fact, ...]:
+    choices = ", ".join(opened.choices)
+    several = len(opened.choices) > 1
+    taken = Fact(
+        name="weights",
+        value=f"{opened.weights} (of {choices})" if several else opened.weights,
+        source="weights",
+        option="--weights" if several else "",
+    )
+    named = Fact(name="key", value=key, source="flag", option="--set key=...")
+    return (taken, named) if key else (taken,)
 
 
 def _check_said(own: ModelSpec, said: Said, path: Path) -> None:
@@ -319,7 +357,3 @@ def _own_spec(content: Any, path: Path) -> ModelSpec | None:
     own = content["ddpm_deploy"]
     text = own.get("spec") if isinstance(own, Mapping) else None
     return ModelSpec.from_json(str(text), source=str(path))
-
-
-def _tensors(mapping: Mapping[str, Any]) -> bool:
-    return any(isinstance(k, str) and isinstance(v, Tensor) for k, v in mapping.items())

@@ -47,9 +47,9 @@ def _unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
         names = [key for key in content if isinstance(key, str)]
         if not any(key.endswith((_TRANSFORMER, *_UNETS)) for key in names):
             return None
+        if not any(key.endswith(_UNETS) for key in names):
+            _check_unet(content, {}, path)
         state = strip_prefixes(content)
-        if any(key.endswith(_TRANSFORMER) for key in names):
-            _check_unet(state, {}, path)
         taken = choose_weights({"online": state}, path, weights)
         return Opened(path=path, state=_bare(state), weights=taken, choices=("online",))
     config = content["cfg"] if isinstance(content["cfg"], Mapping) else {}

@@ -130,11 +130,13 @@ class Facts:
                 f"{self._source} does not say its {name.replace('_', ' ')}. {why}", hint=hint
             )
         value: T = self._typed(name, kind=kind)
-        self._note(_fact(name, value, "flag"))
+        self._note(_fact(name, value, self._said.source))
         return value
 
     def typed(self, name: str) -> bool:
-        """Tells whether the user says something of a fact."""
+        """Tells whether the user says something of a fact, `image size` among them."""
+        if name == "image size":
+            return self._said.image_size is not None
         return name in self._said.settings
 
     def image_size(
@@ -176,9 +178,23 @@ class Facts:
         self._note(Fact(name=called, value="x".join(map(str, size)), source=source, option=option))
         return size
 
-    def schedule(self, default: Schedule, *, source: Source = "assumed") -> Schedule:
-        """Returns the schedule of training: what the user says, or the file's or family's own."""
+    def schedule(
+        self,
+        default: Schedule,
+        *,
+        source: Source = "assumed",
+        adapt: Callable[[Schedule], Schedule] | None = None,
+    ) -> Schedule:
+        """Returns the schedule of training: what the user says, or the file's or family's own.
+
+        Args:
+            default: Where the user says nothing.
+            source: Of the default.
+            adapt: What the family means by a schedule of the name and length that was typed.
+        """
         said = self._said.schedule
+        if said is not None and adapt is not None:
+            said = adapt(said)
         if said is not None and source == "weights" and said != default:
             raise CheckpointError(
                 f"{self._source} holds its own schedule, {default}; it is not {said}.",

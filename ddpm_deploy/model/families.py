@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from ddpm_deploy.errors import CheckpointError
+from ddpm_deploy.model.ddim_port import DDIM
 from ddpm_deploy.model.diffusers import DIFFUSERS
 from ddpm_deploy.model.diffusion_policy import DIFFUSION_POLICY
 from ddpm_deploy.model.dome272 import DOME272
 from ddpm_deploy.model.family import Family, State
+from ddpm_deploy.model.foreign import check_names
 from ddpm_deploy.model.lerobot import LEROBOT
 from ddpm_deploy.model.lucidrains import LUCIDRAINS
+from ddpm_deploy.model.openai import OPENAI
 
-FAMILIES: tuple[Family, ...] = (DOME272, DIFFUSERS, LUCIDRAINS, DIFFUSION_POLICY, LEROBOT)
+FAMILIES: tuple[Family, ...] = (
+    DOME272,
+    DIFFUSERS,
+    DDIM,
+    OPENAI,
+    LUCIDRAINS,
+    DIFFUSION_POLICY,
+    LEROBOT,
+)
 
 
-def detect(state: State, *, source: str) -> Family:
+def detect(state: State, *, source: str, whole: State | None = None) -> Family:
     """Tells which family a state dict belongs to.
 
     Args:
         state: A state dict without wrapping prefixes.
         source: What to call the file in errors.
+        whole: What it was taken from, under full names, which tell what else the file may be.
 
     Raises:
-        CheckpointError: No family has these names, or two have; names the nearest and what it would
-            need.
+        CheckpointError: No family has these names, or two have; names what it is instead, or the
+            nearest family and what it would need.
     """
     found = [family for family in FAMILIES if family.matches(state)]
     if len(found) == 1:
@@ -33,6 +45,11 @@ def detect(state: State, *, source: str) -> Family:
             "marks of both.",
             hint="Save one network a file: torch.save(model.state_dict(), 'ckpt.pt')",
         )
+    for family in FAMILIES:
+        if family.foreign and (told := family.foreign(state)):
+            raise CheckpointError(f"{source} is {told[0]}.", hint=told[1])
+    for names in (whole or {}, state):
+        check_names(names, source)
     nearest = min(FAMILIES, key=lambda family: len(family.missing(state)) / len(family.has_all))
     missing, unwanted = nearest.missing(state), nearest.unwanted(state)
     there = len(nearest.has_all) - len(missing)
@@ -44,5 +61,6 @@ def detect(state: State, *, source: str) -> Family:
         f"{len(nearest.has_all)} marks; {why}.",
         hint="Families: "
         + ", ".join(family.name for family in FAMILIES)
-        + "; see docs/checkpoints.md",
+        + "; see docs/checkpoints.md. A network of your own: --model package.module:factory "
+        "--spec spec.toml",
     )

@@ -31,6 +31,8 @@ class Opened:
         config: What stands beside the weights, in JSON's types: a diffusers folder's `unet` and
             `scheduler`, a policy's `cfg`; empty where nothing does.
         files: The files that were read, the weights first; their hash is the checkpoint's.
+        whole: The tensors that the state was taken from, under their full names; empty where a
+            family unwrapped it.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Opened:
     content: Any = None
     config: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    whole: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,9 @@ class Family:
             its path, and `ema`, `online` or None for the better of what is there. Returns None for
             other files. The state keeps no wrapping and no shared prefix.
         open_folder: Likewise for a folder, from its path.
+        foreign: Tells what a state dict is that looks like this family and is not of it: the rest
+            of the sentence "FILE is ", without its full stop, and what to do. Returns None for
+            others.
     """
 
     name: str
@@ -79,6 +85,7 @@ class Family:
     has_none: tuple[str, ...] = ()
     unwrap: Callable[[Any, Path, Weights | None], Opened | None] | None = None
     open_folder: Callable[[Path, Weights | None], Opened | None] | None = None
+    foreign: Callable[[State], tuple[str, str] | None] | None = None
 
     def missing(self, state: State) -> list[str]:
         """Returns the names that a state dict of this family would have, and this one has not."""

@@ -84,6 +84,9 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
     def __getitem__(self, name: str) -> Tensor:
         """Reads a tensor.
 

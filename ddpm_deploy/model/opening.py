@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import _codecs
+import argparse
 import pickletools
 import re
 import warnings
 import zipfile
 from collections import deque
-from pathlib import Path
+from importlib import import_module
+from pathlib import Path, PosixPath, PurePosixPath, WindowsPath
 from typing import Any
 
+import numpy as np
 import torch
 
 from ddpm_deploy.errors import CheckpointError, MissingDependencyError
+from ddpm_deploy.model.foreign import pickle_of
+from ddpm_deploy.model.foreign_files import (
+    check_archive,
+    check_file,
+    check_folder,
+    is_safetensors,
+    is_zip,
+)
 from ddpm_deploy.model.inert import read_workspace
 
 _FOLDER = 0x10
 """The attribute by which the zip library in torch takes a record for a folder."""
+
+_multiarray: Any = import_module(f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.multiarray")
+_PLAIN: list[Any] = [
+    (argparse.Namespace, "argparse.Namespace"),
+    *((kind, f"pathlib.{kind.__name__}") for kind in (PosixPath, WindowsPath, PurePosixPath)),
+    *(
+        (getattr(_multiarray, name), f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
+    (np.dtype, "numpy.dtype"),
+    (np.ndarray, "numpy.ndarray"),
+    *(kind for name in np.dtypes.__all__ if isinstance(kind := getattr(np.dtypes, name), type)),
+    (_codecs.encode, "_codecs.encode"),
+]
+"""What torch's restricted reader may make besides its own: numbers and settings, no code."""
 
 
 def read_content(path: Path) -> Any:
@@ -30,10 +58,12 @@ def read_content(path: Path) -> Any:
         CheckpointError: The file is missing, damaged, or needs code to be read.
         MissingDependencyError: `.safetensors` needs the package of that name.
     """
+    if path.is_dir():
+        check_folder(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
         raise CheckpointError(
-            f"{path} {what}; a checkpoint is a file.", hint="Check the path: ls " + str(path.parent)
+            f"{path} does not exist; a checkpoint is a file.",
+            hint="Check the path: ls " + str(path.parent),
         )
     if path.stat().st_size == 0:
         raise damaged(path, "it is empty")
@@ -42,22 +72,26 @@ def read_content(path: Path) -> Any:
             f"{path} is an engine already; a checkpoint is what training saved.",
             hint=f"Build it or draw with it: ddpm-deploy sample --engine {path}",
         )
-    if path.suffix == ".safetensors":
+    check_file(path)
+    torchs = is_zip(path) or _starts(path) in {b"PK", b"\x80\x02", b"\x80\x04"}
+    if is_safetensors(path) or (path.suffix == ".safetensors" and not torchs):
         return _open_safetensors(path)
     _check_archive(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
             warnings.simplefilter("ignore")  # torch's remarks about the pickle's version
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         if asked := _global_in(str(error)) or _global_of(path):
             if (workspace := read_workspace(path)) is not None:
                 return workspace
+            saver, hint = pickle_of(asked)
             raise CheckpointError(
-                f"{path} is a pickle that runs code when it is read: it asks for {asked}. "
+                f"{path} is a pickle that runs code when it is read: it asks for {asked}.{saver} "
                 "ddpm-deploy reads tensors only, since such a file can do anything to this "
                 "machine.",
-                hint="Where the file was made, save the weights alone: "
+                hint=hint
+                or "Where the file was made, save the weights alone: "
                 "torch.save(model.state_dict(), 'ckpt.pt')",
             ) from error
         raise damaged(path, _reason(path, error)) from error
@@ -80,24 +114,32 @@ def _open_safetensors(path: Path) -> Any:
 
 def _check_archive(path: Path) -> None:
     """Compares every record of a zip checkpoint with its checksum, which torch does not."""
+    if not is_zip(path):
+        return  # torch's form before 1.6 has no sums
     try:
-        if not zipfile.is_zipfile(path):
-            return  # torch's form before 1.6 has no sums
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-            bad = archive.testzip()
     except Exception as error:  # zipfile raises nearly anything on a damaged archive
+        raise damaged(path, str(error)) from error
+    if any(record.filename.endswith("/constants.pkl") for record in records):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive: a program, not the weights alone.",
+            hint="Save its weights: torch.save(torch.jit.load(FILE).state_dict(), 'ckpt.pt')",
+        )
+    check_archive(path, [record.filename for record in records])
+    # What torch writes is not compressed; a bomb is.
+    if packed := [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]:
+        raise damaged(path, f"its record {packed[0]} is compressed, which torch does not do")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:
         raise damaged(path, str(error)) from error
     if bad is not None:
         raise damaged(path, f"the checksum of its record {bad} does not match")
     if folders := [r.filename for r in records if r.is_dir() or r.external_attr & _FOLDER]:
         # torch reads nothing for a folder, and hands out memory as it finds it.
         raise damaged(path, f"its record {folders[0]} is marked as a folder")
-    if any(record.filename.endswith("/constants.pkl") for record in records):
-        raise CheckpointError(
-            f"{path} is a TorchScript archive: a program, not the weights alone.",
-            hint="Save its weights: torch.save(torch.jit.load(FILE).state_dict(), 'ckpt.pt')",
-        )
 
 
 def _global_in(message: str) -> str:
@@ -129,11 +171,16 @@ def _global_of(path: Path) -> str:
 
 
 def _pickle_in(path: Path) -> bytes:
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         return archive.read(name)
+
+
+def _starts(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2)
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -141,9 +188,8 @@ def _reason(path: Path, error: Exception) -> str:
 
     Torch's own text advises to load the file with `weights_only=False`, which runs its code.
     """
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start == b"PK" and not zipfile.is_zipfile(path):
+    start = _starts(path)
+    if start == b"PK" and not is_zip(path):
         return "it begins as an archive whose end is missing"
     if start[:1] != b"\x80" and start != b"PK":
         return "it is neither an archive nor a pickle"

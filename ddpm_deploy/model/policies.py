@@ -267,6 +267,7 @@ _VARIANCES: Mapping[str, Variance] = {
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
 }
+_MOST_TIMESTEPS = 100_000
 _POLICY_SCHEDULER: Mapping[str, Any] = {
     # What both projects' configurations begin with, where a file says nothing at all.
     "num_train_timesteps": 100,
@@ -353,16 +354,18 @@ def _loop_of(config: Mapping[str, Any], facts: Facts, *, steps: int | None) -> d
 def _schedule(config: Mapping[str, Any]) -> Schedule:
     if betas := config.get("trained_betas"):
         return Schedule(betas)
-    T = int(config.get("num_train_timesteps", 1000))  # noqa: N806
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    T = config.get("num_train_timesteps", 1000)  # noqa: N806
+    if not isinstance(T, int) or not 1 <= T <= _MOST_TIMESTEPS:
+        _refuse_scheduler(f"num_train_timesteps={T}", f"it is a number from 1 to {_MOST_TIMESTEPS}")
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     named = {
-        "squaredcos_cap_v2": cosine(T),
-        "linear": linear(T, start=start, end=end),
-        "scaled_linear": scaled_linear(T, start=start, end=end),
+        "squaredcos_cap_v2": lambda: cosine(T),
+        "linear": lambda: linear(T, start=start, end=end),
+        "scaled_linear": lambda: scaled_linear(T, start=start, end=end),
     }
     if (name := config.get("beta_schedule", "linear")) not in named:
         _refuse_scheduler(f"beta_schedule={name}", f"there are {', '.join(named)}")
-    return named[name]
+    return named[name]()
 
 
 def _refuse_scheduler(what: str, there: str, hint: str = "See docs/checkpoints.md") -> NoReturn:

@@ -50,7 +50,8 @@ class UNet2DSettings:
         down: The levels on the way down, the finest first.
         up: The levels on the way up, the coarsest first.
         classes: Number of classes; 0 makes an unconditional network.
-        time: Width of the timestep embedding; four times the first width when 0.
+        first: Channels before the first level; as many as that has when 0.
+        time: Width of the timestep embedding; four times `first` when 0.
         head_dim: Channels of an attention head; all channels in one when None.
         groups: Of every group normalisation but the middle attention's.
         middle_groups: Of the middle attention's; None leaves it out.
@@ -72,6 +73,7 @@ class UNet2DSettings:
     down: tuple[Block, ...]
     up: tuple[Block, ...]
     classes: int = 0
+    first: int = 0
     time: int = 0
     head_dim: int | None = 8
     groups: int = 32
@@ -102,7 +104,7 @@ class UNet2D(nn.Module):
 
     Args:
         settings: Its hyper-parameters.
-        frequencies: Of the timestep embedding: float32, (widths[0] // 2,).
+        frequencies: Of the timestep embedding: float32, (first // 2,).
 
     Raises:
         ValueError: The settings make no network.
@@ -117,7 +119,7 @@ class UNet2D(nn.Module):
             )
         if s.activation not in ACTIVATIONS:
             raise ValueError(f"act_fn is {s.activation}; there are {', '.join(ACTIVATIONS)}")
-        first, levels = s.widths[0], len(s.widths)
+        first, levels = s.first or s.widths[0], len(s.widths)
         time = s.time or 4 * first
         self.conv_in = nn.Conv2d(s.channels, first, kernel_size=3, padding=1)
         self.time_embedding = nn.ModuleDict(
@@ -148,8 +150,8 @@ class UNet2D(nn.Module):
             self.up_blocks.append(
                 _Level(s, block, inputs=inputs, width=width, time=time, direction=further)
             )
-        self.conv_norm_out = nn.GroupNorm(s.groups, first, eps=s.eps)
-        self.conv_out = nn.Conv2d(first, s.out_channels, kernel_size=3, padding=1)
+        self.conv_norm_out = nn.GroupNorm(s.groups, before, eps=s.eps)
+        self.conv_out = nn.Conv2d(before, s.out_channels, kernel_size=3, padding=1)
         self.frequencies: Tensor
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -183,7 +185,7 @@ class UNet2D(nn.Module):
         angle = t.to(self.frequencies.dtype)[:, None] * self.frequencies
         waves = [angle.sin(), angle.cos()]
         emb = torch.cat(waves[::-1] if self.settings.cosine_first else waves, dim=-1)
-        if self.settings.widths[0] % 2:
+        if self.conv_in.out_channels % 2:
             emb = F.pad(emb, (0, 1))
         emb = F.silu(self.time_embedding["linear_1"](emb))
         return _tensor(self.time_embedding["linear_2"](emb))

@@ -146,6 +146,7 @@ def open_side(
     spec: ModelSpec | None = None,
     threads: int | None = None,
     device: str = "auto",
+    model: str | None = None,
 ) -> Engine | Trace:
     """Opens what can be compared, by its suffix: a `.trace`, or an engine.
 
@@ -155,6 +156,7 @@ def open_side(
         spec: What the network is, for a checkpoint that does not say.
         threads: As in `open_engine`.
         device: As in `open_engine`.
+        model: As in `open_engine`.
 
     Raises:
         TraceError: The trace is missing or damaged.
@@ -162,7 +164,9 @@ def open_side(
     """
     if path.suffix == SUFFIX:
         return read_trace(path)
-    return stack.enter_context(open_engine(path, threads=threads, device=device, spec=spec))
+    return stack.enter_context(
+        open_engine(path, threads=threads, device=device, spec=spec, model=model)
+    )
 
 
 def _evidence(verifier: Verifier, result: Comparison) -> Evidence:

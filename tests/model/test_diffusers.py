@@ -403,11 +403,12 @@ def test_a_pipeline_of_another_network_is_refused_before_its_weights_are_read(
     pipeline: Path,
 ) -> None:
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
-    for changes, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"unet": ["diffusers", "UNet2DConditionModel"]}, "holds a UNet2DConditionModel"),
         ({"vqvae": ["diffusers", "VQModel"]}, "draws what the vqvae in it decodes"),
         ({"unet": None, "transformer": ["diffusers", "X"]}, "of scheduler, transformer; it has no"),
-    ]:
+    ]
+    for changes, message in cases:
         write_json(pipeline / "model_index.json", {**index, **changes})
         with pytest.raises(CheckpointError, match=message):
             load_network(pipeline)
@@ -416,12 +417,13 @@ def test_a_pipeline_of_another_network_is_refused_before_its_weights_are_read(
 def test_damaged_folders_are_refused_with_what_is_wrong(pipeline: Path) -> None:
     weights = pipeline / "unet" / f"{WEIGHTS}.safetensors"
     state: dict[str, torch.Tensor] = load_file(weights)
-    for changed, message in [
+    cases: list[tuple[dict[str, torch.Tensor], str]] = [
         ({k: v for k, v in state.items() if k != "conv_out.bias"}, "Missing key.*conv_out.bias"),
         ({**state, "more": torch.zeros(1)}, "Unexpected key.*more"),
         ({**state, "conv_out.bias": torch.zeros(3)}, "size mismatch for conv_out.bias"),
         ({**state, "conv_out.bias": torch.full((1,), torch.nan)}, "not finite: 1 of 1 in conv_out"),
-    ]:
+    ]
+    for changed, message in cases:
         save_file(changed, weights)
         with pytest.raises(CheckpointError, match=message):
             load_network(pipeline)
