@@ -57,7 +57,7 @@ class Recipe:
 
     Attributes:
         seed: Of the noise.
-        sampler: `ddpm`, `ddim` or `dome272`; the family's own when None.
+        sampler: `ddpm`, `ddim`, `dome272` or `dpmpp_2m`; the family's own when None.
         steps: Transitions, or the timesteps to visit; the family's own, or all, when None.
         eta: Share of noise for `ddim`; the family's own when None.
         spacing: How `steps` are chosen; the family's own when None.

@@ -224,7 +224,8 @@ class ModelSpec:
         Args:
             sampler: As in `loop`.
             steps: Transitions to keep, 1 to T. Or the timesteps to visit, which for `dome272` is
-                its step between any two: σ² = β between them, without clipping.
+                its step between any two: σ² = β between them, without clipping. For `dpmpp_2m` by
+                Karras et al.'s σ they take the place of its own.
             eta: Share of noise for `ddim`, 0 to 1.
             spacing: How `steps` are chosen, see `timesteps`.
 
@@ -271,7 +272,7 @@ class ModelSpec:
                     order=loop.order,
                     spacing=loop.spacing,
                     offset=loop.offset,
-                    karras=loop.karras,
+                    karras=loop.karras and not isinstance(loop.steps, tuple),
                     final_sigma=loop.final_sigma,
                     first_order_end=loop.first_order_end,
                 )

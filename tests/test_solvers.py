@@ -217,6 +217,8 @@ def test_a_spec_carries_the_solver_and_its_settings() -> None:
     assert read == spec
     wanted = dpmpp_2m(LINEAR, 7, order=1, karras=True, final_sigma="least", first_order_end="never")
     assert read.table() == wanted
+    # Timesteps that are named take the place of those that Karras' sigmas choose.
+    assert [row.t for row in read.table(steps=[800, 400, 3])] == [800, 400, 3]
     assert read.table("ddim", 3) == ddim(LINEAR, 3, clip=None)
     with pytest.raises(ValueError, match="dpmpp_2m adds no noise"):
         read.table(eta=0.5)

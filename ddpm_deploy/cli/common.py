@@ -26,7 +26,7 @@ Threads = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 SamplerName = Annotated[
-    str | None, typer.Option(help="ddpm, ddim or dome272; the family's own if left out.")
+    str | None, typer.Option(help="ddpm, ddim, dpmpp_2m or dome272; the family's if left out.")
 ]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Transitions; the family's own, or all, if left out.")

@@ -80,7 +80,10 @@ def read_content(path: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
             warnings.simplefilter("ignore")  # torch's remarks about the pickle's version
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # torch goes by the suffix, too
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         if asked := _global_in(str(error)) or _global_of(path):
             if (workspace := read_workspace(path)) is not None:

@@ -221,8 +221,6 @@ def _groups(tensors: Mapping[str, Any], depth: int = 0) -> dict[Weights, Mapping
     found: dict[Weights, Mapping[str, Any]] = {}
     names = [k for k, v in tensors.items() if isinstance(k, str) and isinstance(v, Tensor)]
     tops = {name.partition(".")[0] for name in names if "." in name}
-    if len(tops) == 1 and all("." in name for name in names):
-        return {}  # one prefix of all: `strip_prefixes` takes that off
     for kind, words in GROUPS.items():
         word = next((word for word in words if word in tops), None)
         if word is not None and kind not in found:

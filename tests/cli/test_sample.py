@@ -220,11 +220,8 @@ def test_labels_and_guidance_reach_the_network() -> None:
         (["--sampler", "ddim", "--eta", "1.5"], "Eta is 1.5; it must lie in [0, 1]."),
         (["--sampler", "ddim", "--eta", "nan"], "Eta is nan; it must lie in [0, 1]."),
         (["--eta", "0.5"], "Eta belongs to ddim; ddpm's noise is fixed by its variance."),
-        (["--sampler", "euler"], "Sampler is 'euler'; there are ddpm, ddim, dome272."),
-        (
-            ["--spacing", "even"],
-            "Spacing is 'even'; there are leading, linspace, trailing",
-        ),
+        (["--sampler", "euler"], "Sampler is 'euler'; there are ddpm, ddim, dome272, dpmpp_2m."),
+        (["--spacing", "even"], "Spacing is 'even'; there are leading, linspace, trailing, trai"),
         (["--device", "cuda"], "has no CUDA"),
         (["--device", "tpu"], "The device is 'tpu'; there are auto, cpu and cuda."),
         (["-o", "unet.onnx"], "A file stands where a folder is needed: unet.onnx."),

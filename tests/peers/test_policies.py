@@ -116,7 +116,9 @@ def test_diffusion_policy_s_workspace_acts_as_ours(
     w, size = drawn.widths, drawn.seen["obs"]
     loop = dict(LOOPS[seed])
     kind, steps = loop.pop("kind"), loop.pop("num_inference_steps", None)
-    handed = {k: loop.pop(k) for k in ("eta", "use_clipped_model_output") if k in loop}
+    handed: dict[str, Any] = {
+        k: loop.pop(k) for k in ("eta", "use_clipped_model_output") if k in loop
+    }
     scheduler = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", **loop}
     unet = {
         "input_dim": w.actions,
@@ -128,7 +130,7 @@ def test_diffusion_policy_s_workspace_acts_as_ours(
         "cond_predict_scale": w.scale,
     }
     torch.manual_seed(seed)
-    settings = {
+    settings: dict[str, Any] = {
         "horizon": drawn.horizon,
         "obs_dim": size,
         "action_dim": w.actions,
