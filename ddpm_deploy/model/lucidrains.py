@@ -10,8 +10,13 @@ from typing import Literal
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.facts import Facts
 from ddpm_deploy.model.family import Family, Opened, Reading, State
-from ddpm_deploy.model.lucidrains_file import BUFFERS, own_weights, refuse_relatives, unwrap
-from ddpm_deploy.model.lucidrains_schedule import read_prediction, read_schedule, sigmoid
+from ddpm_deploy.model.lucidrains_file import BUFFERS, own_weights, unwrap
+from ddpm_deploy.model.lucidrains_schedule import (
+    own_schedule,
+    read_prediction,
+    read_schedule,
+    sigmoid,
+)
 from ddpm_deploy.model.lucidrains_unet import AttentionShape, LucidrainsUnet, UnetShape
 from ddpm_deploy.sampling import Prediction, Sampler, Sampling
 from ddpm_deploy.schedule import Schedule, cosine
@@ -70,7 +75,6 @@ class _Code:
 
 def _read(opened: Opened, facts: Facts) -> Reading:
     source = str(opened.path)
-    refuse_relatives(opened.state, source)
     buffers = {name: tensor for name, tensor in opened.state.items() if name in BUFFERS}
     raw = {name: tensor for name, tensor in opened.state.items() if name not in BUFFERS}
     axes = _axes(raw, source)
@@ -258,7 +262,7 @@ def _size(facts: Facts, shape: UnetShape, source: str) -> tuple[int, ...]:
 
 def _schedule(buffers: State, facts: Facts, code: _Code, source: str) -> Schedule:
     if not buffers:
-        return facts.schedule(code.schedule)
+        return facts.schedule(code.schedule, adapt=own_schedule)
     if "betas" not in buffers:
         raise CheckpointError(
             f"{source} has the buffers of a GaussianDiffusion, but no betas.",
@@ -319,7 +323,11 @@ LUCIDRAINS = Family(
         "mid_block1.block1.proj.weight",
         "final_conv.weight",
     ),
-    has_none=("classes_emb", "time_rel_pos_bias", "time_mlp.0.weights"),
+    # Its relatives, which `foreign` knows by name.
+    has_none=(
+        *("classes_emb", "time_mlp.0.weights", "time_rel_pos_bias", "temporal_attn"),
+        *(".fn.norm.weight", ".fn.norm.b", ".ds_conv."),
+    ),
     read=_read,
     unwrap=unwrap,
 )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_deploy import Schedule, cosine, ddpm, linear, sigmoid
-from ddpm_deploy.model.lucidrains_schedule import read_prediction, read_schedule
+from ddpm_deploy.model.lucidrains_schedule import own_schedule, read_prediction, read_schedule
 from ddpm_deploy.model.lucidrains_schedule import sigmoid as lucidrains_sigmoid
 from tests import golden
 
@@ -76,6 +76,16 @@ def test_any_other_schedule_is_taken_from_the_buffers_without_losing_a_step(
             for row in (mine, theirs)
         ]
         assert np.abs(steps[0] - steps[1]).max() <= (2e-4 if mine.t < 10 else 1e-5)
+
+
+def test_a_schedule_that_is_typed_is_the_one_of_its_code() -> None:
+    recorded = np.load(golden.GOLDEN / "lucidrains" / "v2_3_selfcond" / "buffers.npz")
+    typed = own_schedule(linear(100))  # of ours, it ends at 0.02; theirs is scaled by 1000/T
+    np.testing.assert_allclose(typed.beta, recorded["betas"], rtol=1e-7)
+    assert own_schedule(sigmoid(1000)) == lucidrains_sigmoid(1000)
+    assert own_schedule(linear()) == linear()
+    for kept in (cosine(50), linear(100, start=1e-3, end=0.3), own_schedule(linear(100))):
+        assert own_schedule(kept) == kept
 
 
 @pytest.mark.parametrize("gamma", [None, 1, 5, 20])
