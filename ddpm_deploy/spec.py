@@ -381,6 +381,7 @@ class ModelSpec:
             data["sample_shape"] = tuple(data["sample_shape"])
             low, high = data["value_range"]
             data["value_range"] = (float(low), float(high))
+            data["network"] = _tupled(data.get("network", {}))
             data["sampling"] = Sampling(**_tupled(data.get("sampling", {})))
             if data.get("restore") is not None:
                 data["restore"] = Restore(**_tupled(data["restore"]))

@@ -287,11 +287,10 @@ KINDS: tuple[Foreign, ...] = (
         shapes=_rank("init_conv.weight", 5),
     ),
     Foreign(
-        name="1-D diffusion of lucidrains",
-        says="a 1-D U-Net of lucidrains (denoising_diffusion_pytorch_1d)",
-        hint=_OWN,
-        has=(r"(^|\.)downs\.0\.0\.block1\.", r"(^|\.)init_conv\.weight$"),
-        shapes=_rank("init_conv.weight", 3),
+        name="KarrasUnet of lucidrains",
+        says="a KarrasUnet of lucidrains: its time is a noise level, in random sinusoids",
+        hint="Train the package's Unet with GaussianDiffusion. " + _OWN,
+        has=(r"(^|\.)to_time_emb\.0\.weights$", r"(^|\.)downs\.0\."),
     ),
     Foreign(
         name="learned sinusoids of lucidrains",

@@ -10,8 +10,13 @@ from typing import Literal
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.facts import Facts
 from ddpm_deploy.model.family import Family, Opened, Reading, State
-from ddpm_deploy.model.lucidrains_file import BUFFERS, own_weights, refuse_relatives, unwrap
-from ddpm_deploy.model.lucidrains_schedule import read_prediction, read_schedule, sigmoid
+from ddpm_deploy.model.lucidrains_file import BUFFERS, own_weights, unwrap
+from ddpm_deploy.model.lucidrains_schedule import (
+    own_schedule,
+    read_prediction,
+    read_schedule,
+    sigmoid,
+)
 from ddpm_deploy.model.lucidrains_unet import AttentionShape, LucidrainsUnet, UnetShape
 from ddpm_deploy.sampling import Prediction, Sampler, Sampling
 from ddpm_deploy.schedule import Schedule, cosine
@@ -49,7 +54,7 @@ class _Code:
 
     @property
     def cosine(self) -> bool:
-        """Full attention compares directions alone."""
+        """Full attention takes queries and keys as directions."""
         return (0, 27) <= self.release < (0, 28)
 
     @property
@@ -70,7 +75,6 @@ class _Code:
 
 def _read(opened: Opened, facts: Facts) -> Reading:
     source = str(opened.path)
-    refuse_relatives(opened.state, source)
     buffers = {name: tensor for name, tensor in opened.state.items() if name in BUFFERS}
     raw = {name: tensor for name, tensor in opened.state.items() if name not in BUFFERS}
     axes = _axes(raw, source)
@@ -147,11 +151,11 @@ def _release(opened: Opened, facts: Facts, axes: int) -> tuple[int, ...]:
 
 def _likely_release(state: State, axes: int) -> str:
     """Returns the latest release of those that most likely trained a network."""
+    if axes == 2 and {"downs.0.3.weight", "downs.1.3.weight"} <= state.keys():
+        return "0.31.1"
     if "p2_loss_weight" in state:
-        return "1.4.6"
-    if axes == 1:
-        return "1.11.1"
-    return "0.31.1" if "downs.0.3.weight" in state and "downs.1.3.weight" in state else "1.6.2"
+        return "1.4.1"
+    return "1.11.1" if axes == 1 else "1.6.2"
 
 
 def _shape(state: State, facts: Facts, code: _Code, source: str) -> UnetShape:
@@ -250,7 +254,7 @@ def _size(facts: Facts, shape: UnetShape) -> tuple[int, ...]:
 
 def _schedule(buffers: State, facts: Facts, code: _Code, source: str) -> Schedule:
     if not buffers:
-        return facts.schedule(code.schedule)
+        return facts.schedule(code.schedule, adapt=own_schedule)
     if "betas" not in buffers:
         raise CheckpointError(
             f"{source} has the buffers of a GaussianDiffusion, but no betas.",
@@ -311,7 +315,11 @@ LUCIDRAINS = Family(
         "mid_block1.block1.proj.weight",
         "final_conv.weight",
     ),
-    has_none=("classes_emb", "time_rel_pos_bias", "time_mlp.0.weights"),
+    # Its relatives, which `foreign` knows by name.
+    has_none=(
+        *("classes_emb", "time_mlp.0.weights", "time_rel_pos_bias", "temporal_attn"),
+        *(".fn.norm.weight", ".fn.norm.b", ".ds_conv."),
+    ),
     read=_read,
     unwrap=unwrap,
 )

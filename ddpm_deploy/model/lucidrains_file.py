@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.family import Opened, State, Weights
 from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes
 
@@ -26,47 +25,6 @@ BUFFERS = frozenset(
 _ONLINE = ("model", "model_state_dict", "state_dict", "diffusion", "unet", "net")
 _EMA = ("ema", "ema_model")
 
-_OTHERS = (
-    (
-        r"^time_mlp\.0\.weights$",
-        "a UNet that takes time as learned or random Fourier features, for a diffusion in "
-        "continuous time, which has no list of steps",
-        "Train it with learned_sinusoidal_cond=False, random_fourier_features=False and "
-        "GaussianDiffusion.",
-    ),
-    (
-        r"^(null_classes_emb|classes_emb\.)",
-        "the UNet of classifier_free_guidance.py, which takes classes",
-        "Train the package's own Unet, without classes.",
-    ),
-    (
-        r"^time_rel_pos_bias\.|temporal_attn\.",
-        "a video UNet, whose samples have frames",
-        "Pictures and sequences can be exported: Unet and Unet1D.",
-    ),
-    (
-        r"^to_time_emb\.0\.weights$",
-        "a KarrasUnet, for a diffusion in continuous time, which has no list of steps",
-        "Train the package's Unet with GaussianDiffusion.",
-    ),
-    (
-        r"(^|\.)to_time_hiddens\.",
-        "a UNet of imagen-pytorch or DALLE2-pytorch, which takes text",
-        "The networks of denoising-diffusion-pytorch can be exported: Unet and Unet1D.",
-    ),
-    (
-        r"\.fn\.norm\.weight$",
-        "the UNet of Hugging Face's notebook The Annotated Diffusion Model, not of the package",
-        "Train the Unet of denoising-diffusion-pytorch 0.27.4 or later.",
-    ),
-    (
-        r"\.ds_conv\.|\.norm\.b$|^final_conv\.0\.",
-        "a UNet from before release 0.27.4 of denoising-diffusion-pytorch",
-        "Train it again with a release since 0.27.4.",
-    ),
-)
-"""Relatives by a name that only they have, what each is, and what to do."""
-
 
 def unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
     """Takes the network and its diffusion's buffers out of a file; None where it has no buffers.
@@ -81,18 +39,17 @@ def unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
         The UNet's tensors by their names in it, and the buffers by theirs.
 
     Raises:
-        CheckpointError: It is a relative of the family's that is not supported, or does not hold
-            these weights.
+        CheckpointError: It does not hold these weights.
     """
     found: dict[Weights, State] = {}
     plain = True
     for kind, part in _parts(content, path):
         state = strip_prefixes(part)
         buffers = {name: state.pop(name) for name in BUFFERS & state.keys()}
-        state = strip_prefixes(state)
-        refuse_relatives(state, str(path))
+        beside = {name: state[name] for name in state if buffers and not name.startswith("model.")}
+        state = strip_prefixes({name: state[name] for name in state.keys() - beside.keys()})
         if kind not in found and {"init_conv.weight", "time_mlp.1.weight"} <= state.keys():
-            found[kind] = {**state, **buffers}
+            found[kind] = {**state, **beside, **buffers}
             plain = plain and not buffers
     if not found or (plain and not _is_trainer(content)):
         return None
@@ -104,25 +61,6 @@ def unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
         choices=tuple(found),
         content=content,
     )
-
-
-def refuse_relatives(state: State, source: str) -> None:
-    """Refuses networks that lucidrains or others made likewise, by their name.
-
-    Args:
-        state: A network's tensors.
-        source: What to call the file in errors.
-
-    Raises:
-        CheckpointError: It is one.
-    """
-    if not any(name.startswith("downs.") or ".downs." in name for name in state):
-        return
-    for mark, what, hint in _OTHERS:
-        if name := next((name for name in state if re.search(mark, name)), None):
-            raise CheckpointError(
-                f"{source} is {what}: it has {name}. It cannot be exported.", hint=hint
-            )
 
 
 def own_weights(state: State, *, axes: int, standardise: str) -> dict[str, Tensor]:

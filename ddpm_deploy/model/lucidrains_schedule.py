@@ -11,6 +11,10 @@ from torch import Tensor
 from ddpm_deploy.arrays import Coefficients
 from ddpm_deploy.sampling import Prediction
 from ddpm_deploy.schedule import Schedule, cosine, linear
+from ddpm_deploy.schedule import sigmoid as _sigmoid
+
+_SHORTEST_LINEAR = 20
+"""Timesteps; below, its β would be above 1."""
 
 
 def sigmoid(T: int = 1000) -> Schedule:  # noqa: N803
@@ -23,6 +27,19 @@ def sigmoid(T: int = 1000) -> Schedule:  # noqa: N803
     alpha_bar = (end - 1.0 / (1.0 + np.exp(3.0 - 6.0 * u))) / float(np.float32(end - start))
     alpha_bar /= alpha_bar[0]
     return Schedule(np.clip(1.0 - alpha_bar[1:] / alpha_bar[:-1], 1e-12, 0.999), "sigmoid")
+
+
+def own_schedule(asked: Schedule) -> Schedule:
+    """Returns what lucidrains' code means by the name and length of a schedule.
+
+    Args:
+        asked: A named one of this package, as it is typed.
+    """
+    if asked == _sigmoid(asked.T):
+        return sigmoid(asked.T)
+    if asked == linear(asked.T) and asked.T >= _SHORTEST_LINEAR:
+        return _linear(asked.T)
+    return asked
 
 
 def read_schedule(buffers: Mapping[str, Tensor]) -> Schedule:
@@ -79,8 +96,13 @@ def read_prediction(loss_weight: Tensor, schedule: Schedule) -> Prediction | Non
 def _named(T: int) -> Iterator[Schedule]:  # noqa: N803
     yield sigmoid(T)
     yield cosine(T)
-    if T >= 20:  # below, its β would be above 1
-        yield linear(T, start=0.1 / T, end=20 / T)
+    if T >= _SHORTEST_LINEAR:
+        yield _linear(T)
+
+
+def _linear(T: int) -> Schedule:  # noqa: N803
+    scale = 1000 / T
+    return linear(T, start=scale * 0.0001, end=scale * 0.02)
 
 
 def _double(buffer: Tensor) -> Coefficients:

@@ -50,7 +50,7 @@ class UnetShape:
         groups: Of the blocks' GroupNorm; 0 where they have RMSNorm.
         layer_norm: Whether the attentions' norm is LayerNorm; or else it is RMSNorm.
         mean_values: Whether linear attention divides its values by the number of positions.
-        cosine: Whether full attention compares directions alone.
+        cosine: Whether full attention takes queries and keys as directions.
         stride_kernel: Of the convolutions that halve the sides.
         theta: Longest period of the sinusoid, over 2π.
     """
@@ -228,7 +228,8 @@ class _RMSNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(1, channels, *(1,) * shape.axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * (self.g * math.sqrt(x.shape[1]))
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)
+        return _tensor(x / length * (self.g * math.sqrt(x.shape[1])))
 
 
 class _LayerNorm(nn.Module):
@@ -268,18 +269,15 @@ class _Attention(nn.Module):
             for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
         )
         h = self._full(q, k, v) if self.attention.full else self._linear(q, k, v)
-        return x + _tensor(self.to_out(h.reshape(len(x), -1, *x.shape[2:])))
+        return x + _tensor(self.to_out(h.reshape(x.shape[0], -1, *x.shape[2:])))
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = None
+        if self.cosine:  # of the positions' directions, not of the channels' as was meant
+            q, k, scale = F.normalize(q, dim=-1), F.normalize(k, dim=-1), 10.0
         q, k, v = (part.transpose(-1, -2) for part in (q, k, v))
-        if self.cosine:
-            h = F.scaled_dot_product_attention(
-                F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, scale=10.0
-            )
-        else:
-            k, v = self._remember(k, v, dim=-2)
-            h = F.scaled_dot_product_attention(q, k, v)
-        return h.transpose(-1, -2)
+        k, v = self._remember(k, v, dim=-2)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(-1, -2)
 
     def _linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.mean_values:
@@ -293,7 +291,7 @@ class _Attention(nn.Module):
         """Puts the learned keys and values before those of the positions."""
         if not self.attention.memory:
             return k, v
-        keys, values = (part.expand(len(k), -1, -1, -1) for part in self.mem_kv)
+        keys, values = (part.expand(k.shape[0], -1, -1, -1) for part in self.mem_kv)
         return torch.cat([keys, k], dim=dim), torch.cat([values, v], dim=dim)
 
 

@@ -368,10 +368,10 @@ KINDS: dict[str, tuple[Writer, str, str]] = {
         "is a video diffusion model of lucidrains",
         "--model",
     ),
-    "1-D diffusion": (
-        tensors("downs.0.0.block1.proj.weight", init_conv__weight=(4, 3, 7)),
-        "is a 1-D U-Net of lucidrains",
-        "--model",
+    "KarrasUnet": (
+        tensors("input_block.weight", "to_time_emb.0.weights", "downs.0.block1.1.weight"),
+        "is a KarrasUnet of lucidrains",
+        "GaussianDiffusion",
     ),
     "learned sinusoids": (
         tensors("downs.0.0.block1.proj.weight", "time_mlp.0.weights", "init_conv.weight"),
