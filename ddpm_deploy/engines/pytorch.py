@@ -125,7 +125,7 @@ def torch_loop(engine: TorchEngine, recipe: Recipe, batch: int) -> Loop:
                 if sees is not None:
                     fed[sees.name] = before
                 conditions = [fed[condition.name] for condition in engine.spec.conditions]
-                out = engine.network(x, t, *conditions)[:, : x.shape[1]]
+                out, v = engine.network(x, t, *conditions).tensor_split([x.shape[1]], dim=1)
                 x0 = row.x0_from_x * x + row.x0_from_out * out
                 if row.clip is not None:
                     x0 = x0.clamp(-row.clip, row.clip)
@@ -134,7 +134,9 @@ def torch_loop(engine: TorchEngine, recipe: Recipe, batch: int) -> Loop:
                 before = x0
                 if row.x_from_noise:
                     noise = torch.randn(shape, generator=generator, device=device)
-                    x = x + row.x_from_noise * noise
+                    learned = row.log_std
+                    std = torch.exp(learned[0] + learned[1] * v) if learned else row.x_from_noise
+                    x = x + std * noise
                 if device == "cuda":
                     torch.cuda.synchronize()
                 took = time.perf_counter() - start
