@@ -17,6 +17,7 @@ from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import EngineError
 from ddpm_deploy.model.blame import said
 from ddpm_deploy.model.checkpoint import load_network
+from ddpm_deploy.model.foreign_files import NoModelError
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.spec import ModelSpec
 
@@ -78,7 +79,12 @@ class TorchEngine(Engine):
         model: str | None = None,
     ) -> TorchEngine:
         """Opens a checkpoint; arguments and errors as in `open_engine`."""
-        loaded = load_network(path, spec=spec, model=model)
+        try:
+            loaded = load_network(path, spec=spec, model=model)
+        except NoModelError as error:
+            raise EngineError(
+                f"{path} is a folder; an engine is a file.", hint=error.hint
+            ) from error
         return cls(loaded.network, loaded.spec, path=path, device=device, threads=threads)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
