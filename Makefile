@@ -1,6 +1,7 @@
 # make demo        from a fresh clone to eight digits that a trained network drew
 # make train-demo  train the demo's model anew, in minutes
 # make test        every check; what CI runs
+# make test-peers  compare with the original projects' own code
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 OUT := demo/out
 INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo train-demo test test-slow clean
+.PHONY: demo train-demo test test-slow test-peers clean
 
 # Everything: networks, training, tests.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -59,10 +60,15 @@ test: $(VENV)/.installed $(DEVICE)/.installed .bindings/.downloaded
 	$(DEVICE)/bin/ddpm-deploy --help > /dev/null
 	$(DEVICE)/bin/ddpm-deploy doctor
 	DDPM_DEPLOY_DEVICE_PYTHON=$(CURDIR)/$(DEVICE)/bin/python OMP_NUM_THREADS=1 \
-		$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+		$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not peers"
 
 test-slow: $(VENV)/.installed $(DEVICE)/.installed
 	DDPM_DEPLOY_DEVICE_PYTHON=$(CURDIR)/$(DEVICE)/bin/python $(BIN)/pytest -m slow
+
+# Besides what [peers] installs, other projects' code in PYTHONPATH: see CONTRIBUTING.md.
+test-peers: $(VENV)/.installed
+	$(BIN)/python -m pip $(INSTALL) -e '.[peers]'
+	$(BIN)/pytest -m peers
 
 clean:
 	rm -rf $(VENV) $(DEVICE) .bindings $(OUT) runs .mypy_cache .pytest_cache .ruff_cache

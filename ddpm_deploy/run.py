@@ -206,8 +206,10 @@ class Recipe:
 
 
 def default_labels(spec: ModelSpec) -> tuple[int, ...]:
-    """Returns every class once, the labels of a run that names none."""
-    return tuple(range(spec.label.classes or 1)) if spec.label else ()
+    """Returns every class once, the labels of a run that names none; none is no class."""
+    if spec.label is None:
+        return ()
+    return tuple(y for y in range(spec.label.classes or 1) if y != spec.label.null) or (0,)
 
 
 def sample(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Samples:

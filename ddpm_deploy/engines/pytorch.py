@@ -17,6 +17,7 @@ from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.errors import EngineError
 from ddpm_deploy.model.blame import said
 from ddpm_deploy.model.checkpoint import load_network
+from ddpm_deploy.model.foreign_files import NoModelError
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.spec import ModelSpec
 
@@ -78,7 +79,12 @@ class TorchEngine(Engine):
         model: str | None = None,
     ) -> TorchEngine:
         """Opens a checkpoint; arguments and errors as in `open_engine`."""
-        loaded = load_network(path, spec=spec, model=model)
+        try:
+            loaded = load_network(path, spec=spec, model=model)
+        except NoModelError as error:
+            raise EngineError(
+                f"{path} is a folder; an engine is a file.", hint=error.hint
+            ) from error
         return cls(loaded.network, loaded.spec, path=path, device=device, threads=threads)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
@@ -125,7 +131,7 @@ def torch_loop(engine: TorchEngine, recipe: Recipe, batch: int) -> Loop:
                 if sees is not None:
                     fed[sees.name] = before
                 conditions = [fed[condition.name] for condition in engine.spec.conditions]
-                out = engine.network(x, t, *conditions)[:, : x.shape[1]]
+                out, v = engine.network(x, t, *conditions).tensor_split([x.shape[1]], dim=1)
                 x0 = row.x0_from_x * x + row.x0_from_out * out
                 if row.clip is not None:
                     x0 = x0.clamp(-row.clip, row.clip)
@@ -134,7 +140,9 @@ def torch_loop(engine: TorchEngine, recipe: Recipe, batch: int) -> Loop:
                 before = x0
                 if row.x_from_noise:
                     noise = torch.randn(shape, generator=generator, device=device)
-                    x = x + row.x_from_noise * noise
+                    learned = row.log_std
+                    std = torch.exp(learned[0] + learned[1] * v) if learned else row.x_from_noise
+                    x = x + std * noise
                 if device == "cuda":
                     torch.cuda.synchronize()
                 took = time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.family import Opened, Weights
-from ddpm_deploy.model.opening import damaged, read_content
+from ddpm_deploy.model.opening import damaged, read_content, read_json
 from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes
 
 CONFIG = "config.json"
@@ -62,7 +61,7 @@ def open_folder(path: Path, weights: Weights | None) -> Opened | None:
     Raises:
         CheckpointError: It is another network's, or lacks files, or these are damaged.
     """
-    index = _json(path / INDEX)
+    index = read_json(path / INDEX)
     models = _models(path, index)
     if not models:
         return None
@@ -127,10 +126,10 @@ def _configs(model: _Model) -> tuple[dict[str, Any], tuple[Path, ...]]:
     files = [model.folder / CONFIG]
     for place in _around(model.folder):
         for name in (f"scheduler/{SCHEDULER}", SCHEDULER):
-            if not config["scheduler"] and (scheduler := _json(place / name)):
+            if not config["scheduler"] and (scheduler := read_json(place / name)):
                 config["scheduler"] = scheduler
                 files.append(place / name)
-        if not config["pipeline"] and (index := _json(place / INDEX)):
+        if not config["pipeline"] and (index := read_json(place / INDEX)):
             config["pipeline"] = index
             files.append(place / INDEX)
     return config, tuple(files)
@@ -170,7 +169,7 @@ def _of_pipeline(path: Path, index: Mapping[str, Any]) -> _Model:
     if not isinstance(unet, list) or len(unet) != 2:
         parts = ", ".join(name for name, part in index.items() if isinstance(part, list))
         raise CheckpointError(
-            f"{path} is a {pipeline} of {parts or 'nothing'}; it has no unet.",
+            f"{path} is a {pipeline} of diffusers, of {parts or 'nothing'}: it has no unet.",
             hint=f"The pipelines that can be exported have a unet of the class {NETWORK}.",
         )
     _check_class(path, str(unet[1]))
@@ -181,7 +180,7 @@ def _of_pipeline(path: Path, index: Mapping[str, Any]) -> _Model:
             hint="Pictures of latent diffusion need the decoder, too; it cannot be exported.",
         )
     for folder in (path / "unet", path):
-        if config := _json(folder / CONFIG):
+        if config := read_json(folder / CONFIG):
             return _model(folder, config)
     raise CheckpointError(
         f"{path / INDEX} names a unet, and there is neither {path / 'unet' / CONFIG} nor "
@@ -234,7 +233,7 @@ def _state(folder: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
 
 
 def _sharded(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
-    places = _json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, Mapping) or not places:
         raise damaged(index, "it has no weight_map")
     # The names alone: nothing is read outside the folder.
@@ -267,26 +266,9 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 def _peek(path: Path) -> dict[str, Any]:
     """Reads a network's config; {} where there is none, or it is of some other tool."""
     try:
-        config = _json(path)
+        config = read_json(path)
     except CheckpointError:
         if any(path.parent.glob(f"{_WEIGHTS}*")):
             raise
         return {}
     return config if "_class_name" in config else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Reads an object from a JSON file; {} where there is no such file.
-
-    Raises:
-        CheckpointError: It is no JSON, or no object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, f"it is no JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise damaged(path, f"it holds a {type(data).__name__}, not settings by name")
-    return data

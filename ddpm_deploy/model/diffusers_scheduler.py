@@ -33,6 +33,7 @@ _OWN: Mapping[str, Sampler] = {
 }
 """The schedulers whose loops are here."""
 
+_MOST_TIMESTEPS = 100_000
 _STEPS = {"DDPMPipeline": 1000, "DDIMPipeline": 50, "PNDMPipeline": 50}
 _VARIANCES: Mapping[str, Variance] = {
     "fixed_small": "fixed_small",
@@ -108,7 +109,7 @@ def read_scheduler(
             f"{source} is sampled by a {name}, which has no betas: it is no DDPM.",
             hint="The schedulers of DDPMs are DDPMScheduler, DDIMScheduler and their kin.",
         )
-    schedule = facts.schedule(_schedule(values, source), source=config.source)
+    schedule = facts.schedule(trained_schedule(values, source), source=config.source)
     prediction = _prediction(config, source)
     if values.get("thresholding") and facts.found("thresholding", True, "config"):
         raise CheckpointError(
@@ -138,7 +139,16 @@ def read_scheduler(
     )
 
 
-def _schedule(values: Mapping[str, Any], source: str) -> Schedule:
+def trained_schedule(values: Mapping[str, Any], source: str) -> Schedule:
+    """Returns the schedule of training that a scheduler's config says.
+
+    Args:
+        values: The config; what it leaves out is at diffusers' default.
+        source: What to call the checkpoint in errors.
+
+    Raises:
+        CheckpointError: It says none.
+    """
     try:
         schedule = _plain_schedule(values)
     except (TypeError, ValueError) as error:
@@ -160,7 +170,9 @@ def _schedule(values: Mapping[str, Any], source: str) -> Schedule:
 
 
 def _plain_schedule(values: Mapping[str, Any]) -> Schedule:
-    total = int(values.get("num_train_timesteps", 1000))
+    total = values.get("num_train_timesteps", 1000)
+    if not isinstance(total, int) or not 1 <= total <= _MOST_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps is {total!r}, not 1 to {_MOST_TIMESTEPS}")
     start, end = float(values.get("beta_start", 1e-4)), float(values.get("beta_end", 0.02))
     if values.get("trained_betas") is not None:
         return Schedule(values["trained_betas"], "trained_betas")

@@ -36,6 +36,8 @@ def detect(state: State, *, source: str, whole: State | None = None) -> Family:
         CheckpointError: No family has these names, or two have; names what it is instead, or the
             nearest family and what it would need.
     """
+    if whole:  # a network of pixels within a network of latents is none
+        check_names(whole, source)
     found = [family for family in FAMILIES if family.matches(state)]
     if len(found) == 1:
         return found[0]
@@ -45,11 +47,7 @@ def detect(state: State, *, source: str, whole: State | None = None) -> Family:
             "marks of both.",
             hint="Save one network a file: torch.save(model.state_dict(), 'ckpt.pt')",
         )
-    for family in FAMILIES:
-        if family.foreign and (told := family.foreign(state)):
-            raise CheckpointError(f"{source} is {told[0]}.", hint=told[1])
-    for names in (whole or {}, state):
-        check_names(names, source)
+    check_names(state, source)
     nearest = min(FAMILIES, key=lambda family: len(family.missing(state)) / len(family.has_all))
     missing, unwanted = nearest.missing(state), nearest.unwanted(state)
     there = len(nearest.has_all) - len(missing)

@@ -74,9 +74,6 @@ class Family:
             its path, and `ema`, `online` or None for the better of what is there. Returns None for
             other files. The state keeps no wrapping and no shared prefix.
         open_folder: Likewise for a folder, from its path.
-        foreign: Tells what a state dict is that looks like this family and is not of it: the rest
-            of the sentence "FILE is ", without its full stop, and what to do. Returns None for
-            others.
     """
 
     name: str
@@ -85,7 +82,6 @@ class Family:
     has_none: tuple[str, ...] = ()
     unwrap: Callable[[Any, Path, Weights | None], Opened | None] | None = None
     open_folder: Callable[[Path, Weights | None], Opened | None] | None = None
-    foreign: Callable[[State], tuple[str, str] | None] | None = None
 
     def missing(self, state: State) -> list[str]:
         """Returns the names that a state dict of this family would have, and this one has not."""

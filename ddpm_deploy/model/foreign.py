@@ -162,7 +162,7 @@ KINDS: tuple[Foreign, ...] = (
         name="latent U-Net with transformers",
         says="a U-Net with text attention by OpenAI's names, as latent diffusion has it",
         hint=_LATENT,
-        has=(r"^input_blocks\.", r"transformer_blocks\.\d+\.attn2\."),
+        has=(r"^input_blocks\.", r"transformer_blocks\.|\.proj_in\."),
     ),
     Foreign(
         name="SDXL's UNet2DCondition",

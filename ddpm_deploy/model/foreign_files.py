@@ -23,6 +23,10 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 """Suffixes of files that may be a network's weights."""
 
 
+class NoModelError(CheckpointError):
+    """A folder is of no kind that has a name, and holds nothing that opens as one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileKind:
     """A kind of file that is no checkpoint of PyTorch.
@@ -421,13 +425,13 @@ def is_accelerate(path: Path) -> bool:
     return bool(names & marks) and bool(weights_in(path))
 
 
-def _no_model(path: Path, inside: Sequence[Path]) -> CheckpointError:
+def _no_model(path: Path, inside: Sequence[Path]) -> NoModelError:
     shown = ", ".join(each.name + ("/" if each.is_dir() else "") for each in inside[:8])
     more = f" and {len(inside) - 8} more" if len(inside) > 8 else ""
     file = likely(path)
-    return CheckpointError(
+    return NoModelError(
         f"{path} is a folder without a model that this release knows; it holds {shown}{more}.",
-        hint=f"Give the file itself: ddpm-deploy export {file}"
+        hint=f"Give the file itself: {file}"
         if file
         else "No file in it has the suffix of a checkpoint: " + ", ".join(WEIGHTS),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.facts import Facts
 from ddpm_deploy.model.family import Family, Opened, Reading, State, Weights
-from ddpm_deploy.model.opening import damaged, read_content
+from ddpm_deploy.model.opening import read_content, read_json
 from ddpm_deploy.model.policies import (
     MARKS,
     MODULES,
@@ -60,8 +59,8 @@ def _open_folder(path: Path, weights: Weights | None) -> Opened | None:
         path / "pretrained_model",
         path / "checkpoints" / "last" / "pretrained_model",
     ):
-        config = _json(folder / "config.json")
-        if config is None or not _is_policy(config):
+        config = _peek(folder / "config.json")
+        if not _is_policy(config):
             continue
         if config.get("type", "diffusion") != "diffusion":
             raise CheckpointError(
@@ -85,9 +84,9 @@ def _unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
         isinstance(key, str) and key.endswith(_UNET + MARKS[0]) for key in content
     ):
         return None
-    config = _json(path.parent / "config.json")
+    config = _peek(path.parent / "config.json")
     state = strip_prefixes(content)
-    return _opened(state, path, config if config and _is_policy(config) else {}, path, weights)
+    return _opened(state, path, config if _is_policy(config) else {}, path, weights)
 
 
 def _opened(
@@ -105,8 +104,8 @@ def _opened(
     if config:
         files.append(file.parent / "config.json")
         for name in ("policy_preprocessor", "policy_postprocessor"):
-            described = _json(file.parent / f"{name}.json")
-            if described is None:
+            described = read_json(file.parent / f"{name}.json")
+            if not described:
                 continue
             files.append(file.parent / f"{name}.json")
             processors[name], used = _processor(described, file.parent)
@@ -365,15 +364,12 @@ def _is_policy(config: Mapping[str, Any]) -> bool:
     return "noise_scheduler_type" in config and "down_dims" in config  # before 2025
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """Reads a file that holds one JSON object; None where there is no such file."""
-    if not path.is_file():
-        return None
+def _peek(path: Path) -> dict[str, Any]:
+    """Reads a configuration that may be another program's; {} where it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, f"it is not JSON: {error}") from error
-    return content if isinstance(content, dict) else None
+        return read_json(path)
+    except CheckpointError:
+        return {}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

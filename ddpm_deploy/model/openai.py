@@ -9,7 +9,7 @@ from typing import Literal
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.facts import Facts
-from ddpm_deploy.model.family import Family, Opened, Reading, State, label_condition
+from ddpm_deploy.model.family import Family, Opened, Reading, label_condition
 from ddpm_deploy.model.openai_unet import Heads, OpenAIUNet, Resample, UNetShape
 from ddpm_deploy.respacing import respaced, respaced_sampler
 from ddpm_deploy.sampling import Sampler, Sampling
@@ -458,27 +458,6 @@ def _loop(schedule: Schedule, facts: Facts) -> tuple[Sampler, Sampling]:
     return respaced_sampler(text) or "ddpm", Sampling(steps=steps)
 
 
-def _foreign(state: State) -> tuple[str, str] | None:
-    """Tells what a state dict is that has these names and is no such network."""
-    if any("diffusion_model.input_blocks." in name for name in state) or (
-        "input_blocks.0.0.weight" in state
-        and any("transformer_blocks" in name or "proj_in" in name for name in state)
-    ):
-        return (
-            "a latent diffusion network (CompVis, Stable Diffusion), which paints what another "
-            "network decodes, by text: ddpm-deploy does not deploy those",
-            "Give the checkpoint of a network that paints pixels.",
-        )
-    if {"time_embed.0.weight", "input_blocks.0.0.weight"} <= state.keys() and not any(
-        name.startswith("output_blocks.") for name in state
-    ):
-        return (
-            "a classifier of guided-diffusion, which guides a network and paints nothing",
-            "Give the diffusion network that it guides, such as 64x64_diffusion.pt.",
-        )
-    return None
-
-
 OPENAI = Family(
     name="openai",
     has_all=(
@@ -490,5 +469,4 @@ OPENAI = Family(
     ),
     has_none=("transformer_blocks", "proj_in", "diffusion_model."),
     read=_read,
-    foreign=_foreign,
 )

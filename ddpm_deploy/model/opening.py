@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _codecs
 import argparse
+import json
 import pickletools
 import re
 import warnings
@@ -206,3 +207,20 @@ def damaged(path: Path, what: str) -> CheckpointError:
         f"{path} is damaged, or is no checkpoint: {what}.",
         hint="Copy it again from where it was trained, and compare: sha256sum " + str(path),
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads an object from a JSON file; {} where there is no such file.
+
+    Raises:
+        CheckpointError: It is no JSON, or no object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"it is no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise damaged(path, f"it holds a {type(data).__name__}, not settings by name")
+    return data

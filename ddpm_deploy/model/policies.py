@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.conditional_unet1d import GROUPS, ConditionalUNet1D, UNet1DWidths
+from ddpm_deploy.model.diffusers_scheduler import trained_schedule
 from ddpm_deploy.model.facts import Facts, Source, T
 from ddpm_deploy.model.family import Opened, Reading, State
 from ddpm_deploy.sampling import PREDICTIONS, Prediction, Sampler, Sampling, Spacing, Variance
-from ddpm_deploy.schedule import Schedule, cosine, linear, scaled_linear
 from ddpm_deploy.spec import Condition, ModelSpec, Restore
 
 MARKS = (
@@ -267,7 +267,6 @@ _VARIANCES: Mapping[str, Variance] = {
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
 }
-_MOST_TIMESTEPS = 100_000
 _POLICY_SCHEDULER: Mapping[str, Any] = {
     # What both projects' configurations begin with, where a file says nothing at all.
     "num_train_timesteps": 100,
@@ -298,7 +297,7 @@ def _loop_of(config: Mapping[str, Any], facts: Facts, *, steps: int | None) -> d
     for name in ("thresholding", "rescale_betas_zero_snr"):
         if config.get(name):
             _refuse_scheduler(f"{name}={config[name]}", "that is not supported")
-    schedule = facts.schedule(_schedule(config), source=source)
+    schedule = facts.schedule(trained_schedule(config, "this policy"), source=source)
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         _refuse_scheduler(
@@ -349,23 +348,6 @@ def _loop_of(config: Mapping[str, Any], facts: Facts, *, steps: int | None) -> d
         "sampler": sampler,
         "sampling": sampling,
     }
-
-
-def _schedule(config: Mapping[str, Any]) -> Schedule:
-    if betas := config.get("trained_betas"):
-        return Schedule(betas)
-    T = config.get("num_train_timesteps", 1000)  # noqa: N806
-    if not isinstance(T, int) or not 1 <= T <= _MOST_TIMESTEPS:
-        _refuse_scheduler(f"num_train_timesteps={T}", f"it is a number from 1 to {_MOST_TIMESTEPS}")
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    named = {
-        "squaredcos_cap_v2": lambda: cosine(T),
-        "linear": lambda: linear(T, start=start, end=end),
-        "scaled_linear": lambda: scaled_linear(T, start=start, end=end),
-    }
-    if (name := config.get("beta_schedule", "linear")) not in named:
-        _refuse_scheduler(f"beta_schedule={name}", f"there are {', '.join(named)}")
-    return named[name]()
 
 
 def _refuse_scheduler(what: str, there: str, hint: str = "See docs/checkpoints.md") -> NoReturn:

@@ -121,9 +121,7 @@ def unwrap(
     Raises:
         CheckpointError: There is none, or there are several, or its weights have no names.
     """
-    siblings = [n for n in ("ema_ckpt.pt", "ckpt.pt") if (path.parent / n).is_file()]
-    sibling = path.parent / (siblings[0] if siblings else "ckpt.pt")
-    check_content(content, str(path), str(sibling))
+    check_content(content, str(path), str(_sibling(path)))
     parts = list(_parts(content))
     if key:
         return _chosen(parts, key, path)
@@ -293,3 +291,13 @@ def _has_tensors(mapping: Any) -> bool:
     return isinstance(mapping, Mapping) and any(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in mapping.items()
     )
+
+
+def _sibling(path: Path) -> Path:
+    """Returns the weights that an optimizer's file belongs to: the EMA's, of the same step."""
+    step = re.search(r"\d+$", path.stem)
+    ending = f"{step[0] if step else ''}.pt"
+    for name in ("ema_ckpt.pt", f"ema_*{ending}", "ckpt.pt", f"model*{ending}"):
+        if found := sorted(path.parent.glob(name)):
+            return found[-1]
+    return path.parent / "ckpt.pt"

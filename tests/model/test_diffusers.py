@@ -383,7 +383,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"layers_per_block": 3}, "says layers_per_block 3, and the weights have 1"),
     "attention": ({"down_block_types": ["DownBlock2D"] * 2}, "says down_block_types"),
     "classes": ({"num_class_embeds": 7}, "says num_class_embeds 7"),
-    "size": ({"sample_size": 7}, "image size is 7,7; this network takes multiples of 2"),
+    "size": ({"sample_size": 7}, "image size is 7x7; this network takes multiples of 2"),
     "head": ({"attention_head_dim": 64}, "attention_head_dim is 64"),
     "groups": ({"norm_num_groups": 3}, "do not fit that network"),
 }
@@ -406,7 +406,7 @@ def test_a_pipeline_of_another_network_is_refused_before_its_weights_are_read(
     cases: list[tuple[dict[str, Any], str]] = [
         ({"unet": ["diffusers", "UNet2DConditionModel"]}, "holds a UNet2DConditionModel"),
         ({"vqvae": ["diffusers", "VQModel"]}, "draws what the vqvae in it decodes"),
-        ({"unet": None, "transformer": ["diffusers", "X"]}, "of scheduler, transformer; it has no"),
+        ({"unet": None, "transformer": ["diffusers", "X"]}, "of scheduler, transformer: it has no"),
     ]
     for changes, message in cases:
         write_json(pipeline / "model_index.json", {**index, **changes})

@@ -430,9 +430,8 @@ def test_a_damaged_network_is_refused_by_what_is_wrong(diffusion: State, tmp_pat
     expect_refusal(missing, tmp_path, r"Missing key\(s\).*mid_block1.block2.proj.weight")
     extra = {**diffusion, "model.mid_block9.weight": torch.zeros(1)}
     expect_refusal(extra, tmp_path, r"Unexpected key\(s\).*mid_block9.weight")
-    expect_refusal(
-        {**diffusion, "gammas": torch.zeros(1)}, tmp_path, r"Unexpected key\(s\).*gammas"
-    )
+    extra = {**diffusion, "gammas": torch.zeros(1)}
+    expect_refusal(extra, tmp_path, r"Unexpected key\(s\).*gammas")
     wrong = {**diffusion, name: torch.zeros(3, 3, 3, 3)}
     expect_refusal(wrong, tmp_path, "size mismatch for mid_block1.block2.proj.weight")
     no_betas = {key: value for key, value in diffusion.items() if key != "betas"}

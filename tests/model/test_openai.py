@@ -526,7 +526,7 @@ def test_an_extra_tensor_or_another_shape_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"channels": 6}, "is a super-resolution network of OpenAI's: it takes 6 channels"),
+        ({"channels": 6}, "is a super-resolution network"),
         ({"channels": 6, "out_channels": 3}, "is a super-resolution network"),
         ({"channels": 3, "out_channels": 4}, "takes 3 channels and gives 4"),
     ],
@@ -542,17 +542,18 @@ def test_relatives_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     state = torch.load(write(path), weights_only=True)
     latent = {f"model.diffusion_model.{key}": value for key, value in state.items()}
-    for content in (
-        {"state_dict": {**latent, "first_stage_model.quant_conv.weight": torch.zeros(2)}},
-        latent,
-        {**state, "input_blocks.1.1.proj_in.weight": torch.zeros(2)},
-        {**state, "middle_block.1.transformer_blocks.0.norm1.bias": torch.zeros(2)},
+    whole = {**latent, "first_stage_model.quant_conv.weight": torch.zeros(2)}
+    for content, what in (
+        ({"state_dict": whole}, "is a latent diffusion model of CompVis"),
+        (latent, "is the U-Net of a latent diffusion model"),
+        ({**state, "input_blocks.1.1.proj_in.weight": torch.zeros(2)}, "with text attention"),
+        ({**state, "middle_block.1.transformer_blocks.0.x": torch.zeros(2)}, "text attention"),
     ):
         torch.save(content, path)
-        assert "is a latent diffusion network" in str(refused(path))
+        assert what in str(refused(path))
     classifier = {k: v for k, v in state.items() if not k.startswith("output_blocks")}
     torch.save({**classifier, "out.2.positional_embedding": torch.zeros(2)}, path)
-    assert "is a classifier of guided-diffusion" in str(refused(path))
+    assert "is a noisy classifier of guided-diffusion" in str(refused(path))
 
 
 def test_an_optimizer_s_file_names_the_weights_of_its_step(tmp_path: Path) -> None:

@@ -237,8 +237,10 @@ def test_a_folder_is_a_reference_for_verify_where_it_opens(
     timed = run("bench", "-e", "unet.onnx", "--against", "run", *own, "--steps", 2, "--repeat", 1)
     assert timed.code == 0, timed.err
     Path("other").mkdir()
-    outcome = run("verify", "-e", "unet.onnx", "--against", "other")
-    assert "other is a folder; an engine is a file." in outcome.err
+    for name in ("a.txt", "ckpt.pt"):
+        (Path("other") / name).write_text("text")
+        outcome = run("verify", "-e", "unet.onnx", "--against", "other", *own)
+        assert "other is a folder; an engine is a file." in outcome.err
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".pth", ".safetensors", ".model", ""])

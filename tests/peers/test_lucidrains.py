@@ -29,8 +29,8 @@ with warnings.catch_warnings():
 
 RELEASE = version("denoising-diffusion-pytorch")
 NUMBERS = tuple(map(int, RELEASE.split(".")))
-SEQUENCES = NUMBERS >= (0, 31, 1)
-DIVERSE_HEADS = NUMBERS >= (1, 8)
+SEQUENCES = NUMBERS >= (0, 31, 1) and NUMBERS != (1, 7, 2)  # whose Unet1D cannot run
+DIVERSE_HEADS = "attn_heads" in inspect.signature(peer.module().Unet).parameters
 OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 
 
