@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 RELEASE = version("denoising-diffusion-pytorch")
 NUMBERS = tuple(map(int, RELEASE.split(".")))
 SEQUENCES = NUMBERS >= (0, 31, 1) and NUMBERS != (1, 7, 2)  # whose Unet1D cannot run
-DIVERSE_HEADS = "attn_heads" in inspect.signature(peer.module().Unet).parameters
+TAKES = inspect.signature(peer.module().Unet).parameters
 OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 
 
@@ -60,14 +60,15 @@ def random_peer(seed: int) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
         unet["init_dim"] = int(rng.choice([8, 20]))
     if NUMBERS < (2,) and rng.integers(2):
         typed["resnet_block_groups"] = unet["resnet_block_groups"] = int(rng.choice([1, 2, 4]))
-    if DIVERSE_HEADS:
-        unet["attn_dim_head"], unet["attn_heads"] = (
-            tuple(rng.integers(2, 9, levels).tolist()) for _ in range(2)
-        )
+    if "full_attn" in TAKES and len(size) == 2:
         unet["full_attn"] = tuple(bool(rng.integers(2)) for _ in range(levels))
+    if "attn_heads" in TAKES:
+        count = levels if len(size) == 2 else 1
+        unet["attn_dim_head"], unet["attn_heads"] = (
+            tuple(rng.integers(2, 9, count).tolist()) for _ in range(2)
+        )
         if len(size) == 1:
-            del unet["full_attn"]
-            unet["attn_dim_head"], unet["attn_heads"] = (int(n) for n in rng.integers(2, 9, 2))
+            unet["attn_dim_head"], unet["attn_heads"] = unet["attn_dim_head"][0], 3
         if NUMBERS < (1, 9) or len(size) == 1:
             typed["heads"] = unet["attn_heads"]
         if rng.integers(2):
