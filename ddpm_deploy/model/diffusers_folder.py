@@ -170,7 +170,8 @@ def _of_pipeline(path: Path, index: Mapping[str, Any]) -> _Model:
         parts = ", ".join(name for name, part in index.items() if isinstance(part, list))
         raise CheckpointError(
             f"{path} is a {pipeline} of diffusers, of {parts or 'nothing'}: it has no unet.",
-            hint=f"The pipelines that can be exported have a unet of the class {NETWORK}.",
+            hint="The pipelines that can be exported, such as DDPMPipeline, have a unet, a "
+            f"{NETWORK}.",
         )
     _check_class(path, str(unet[1]))
     if latent := [name for name in ("vqvae", "vae") if isinstance(index.get(name), list)]:

@@ -365,10 +365,16 @@ def _is_policy(config: Mapping[str, Any]) -> bool:
 
 
 def _peek(path: Path) -> dict[str, Any]:
-    """Reads a configuration that may be another program's; {} where it is none."""
+    """Reads a configuration that may be another program's; {} where it is none.
+
+    Raises:
+        CheckpointError: It is damaged, and a policy's weights stand beside it.
+    """
     try:
         return read_json(path)
     except CheckpointError:
+        if (path.parent / "model.safetensors").is_file():
+            raise
         return {}
 
 

@@ -254,7 +254,7 @@ def test_an_observation_has_no_classes() -> None:
         ("lone.plan", "lone.plan has no sidecar lone.plan.json"),
         ("unet.txt", "unet.txt is not an engine: its suffix is '.txt'"),
         ("text.pt", "text.pt is damaged, or is no checkpoint"),
-        (".", ". is a folder; an engine is a file"),
+        (".", ". is a folder without a model that this release knows"),
     ],
 )
 def test_what_says_nothing_is_one_message(folder: Path, file: str, message: str) -> None:

@@ -642,5 +642,5 @@ def test_a_network_of_a_family_is_of_no_other_kind() -> None:
 def test_a_configuration_that_is_damaged_is_no_class(tmp_path: Path) -> None:
     for content in (b"{", b"[]", b'{"_class_name": 3}', b"\xff", b"[" * 100_000):
         (tmp_path / "config.json").write_bytes(content)
-        wanted = "is a 3, which" if b"3" in content else "is a folder without a model"
+        wanted = "holds a 3: another" if b"3" in content else "is a folder without a model"
         assert wanted in str(refused(tmp_path))

@@ -490,7 +490,9 @@ def test_what_no_file_says_is_asked_for(diffusion: State, tmp_path: Path) -> Non
     ]:
         expect_refusal(old, tmp_path, match, settings=settings)
     sequence = variant_state("v2_3_sequence", tmp_path)
-    expect_refusal(sequence, tmp_path, "length is 8x16; here it is one number", image_size=(8, 16))
+    expect_refusal(
+        sequence, tmp_path, "The length is 8x16; here it is one number", image_size=(8, 16)
+    )
 
 
 def test_samples_without_normalisation_are_what_was_read(diffusion: State, tmp_path: Path) -> None:

@@ -565,7 +565,7 @@ def test_other_policies_of_lerobot_are_refused_by_name(old: Path) -> None:
     assert "is a policy of the type act" in said
     assert "--policy.type=diffusion" in said
     (old / "config.json").write_text("{", encoding="utf-8")
-    assert "is not JSON" in refused(old)
+    assert "is no JSON" in refused(old)
     (old / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (old / "model.safetensors").unlink()
     assert "no model.safetensors" in refused(old)
