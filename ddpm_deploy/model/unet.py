@@ -242,7 +242,7 @@ class _SelfAttention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)
         attended = self.mha(self.ln(tokens)) + tokens
         out = attended + self.ff_self(attended)
-        return _tensor(out.transpose(1, 2).reshape(len(x), -1, height, width))
+        return _tensor(out.transpose(1, 2).reshape(x.shape[0], -1, height, width))
 
 
 class _Attention(nn.Module):

@@ -333,7 +333,7 @@ class _Attention(nn.Module):
             tokens = self.group_norm(tokens)
         tokens = tokens.transpose(1, 2)
         q, k, v = (
-            part(tokens).reshape(len(x), -1, self.heads, self.head).transpose(1, 2)
+            part(tokens).reshape(x.shape[0], -1, self.heads, self.head).transpose(1, 2)
             for part in (self.to_q, self.to_k, self.to_v)
         )
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
