@@ -16,7 +16,7 @@ from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.fused import denoise_fused, noise_threads
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.run import Recipe
-from ddpm_deploy.sampling import Transition, denoise
+from ddpm_deploy.sampling import Predictor, SelfConditioned, Transition, denoise
 
 Loop = Callable[[int], Iterator["StepTime"]]
 """Runs so many steps from pure noise and yields each one's time."""
@@ -78,16 +78,19 @@ def engine_loop(engine: Engine, recipe: Recipe, batch: int) -> Loop:
     def run(steps: int) -> Iterator[StepTime]:
         network = 0.0
 
-        def timed(x: Samples, t: Timesteps) -> Samples:
+        sees = predict if isinstance(predict, SelfConditioned) else None
+
+        def timed(x: Samples, t: Timesteps, before: Samples | None = None) -> Samples:
             nonlocal network
             start = time.perf_counter()
-            out = predict(x, t)
+            out = predict(x, t) if sees is None or before is None else sees.predict(x, t, before)
             network = time.perf_counter() - start
             return out
 
+        predictor: Predictor = timed if sees is None else SelfConditioned(predict=timed)
         x = noise(0)
         start = time.perf_counter()
-        for _ in denoise(timed, table[:steps], noise, x=x):
+        for _ in denoise(predictor, table[:steps], noise, x=x):
             now = time.perf_counter()
             yield StepTime(total=now - start, network=network)
             start = time.perf_counter()

@@ -316,8 +316,10 @@ def ddim(
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
     table = []
     visited = timesteps(schedule.T, steps, spacing=spacing, offset=offset)
+    # Timesteps that were named have no stride between them.
+    strides = previous == "stride" and not isinstance(steps, Sequence)
     for t, following in _pairs(visited):
-        s = max(t - schedule.T // len(visited), -1) if previous == "stride" else following
+        s = max(t - schedule.T // len(visited), -1) if strides else following
         a_t = schedule.alpha_bar_at(t)
         a_s = schedule.alpha_bar_at(0 if s < 0 and final == "first" else s)
         variance = (

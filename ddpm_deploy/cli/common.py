@@ -215,6 +215,8 @@ def parse_observations(
                 else f"{text!r}: this network takes no observations",
                 param_hint="--observe",
             )
+        if name in found:
+            raise typer.BadParameter(f"{name} is given twice", param_hint="--observe")
         found[name] = read_observations(Path(file), inputs[name])
     if example and (missing := inputs.keys() - found.keys()):
         note(f"note: standard normal numbers stand for {', '.join(sorted(missing))}; or --observe")

@@ -35,7 +35,10 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--set")
-        settings[name.strip().replace("-", "_")] = value.strip()
+        name = name.strip().replace("-", "_")
+        if name in settings:
+            raise typer.BadParameter(f"{name} is given twice", param_hint="--set")
+        settings[name] = value.strip()
     return settings
 
 

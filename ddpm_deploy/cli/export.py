@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ddpm_deploy.cli.common import Json, ModelName, SpecFile, note, print_json, settings
+from ddpm_deploy.cli.common import Json, ModelName, SpecFile, note, print_json, settings, spec_of
 from ddpm_deploy.cli.describe_checkpoint import (
     loop_in_words,
     parse_settings,
@@ -31,7 +31,8 @@ def command(
         typer.Option(help="linear, scaled_linear, cosine or sigmoid, where the file does not say."),
     ] = None,
     timesteps: Annotated[
-        int | None, typer.Option(min=1, help="T of training, where the file does not say.")
+        int | None,
+        typer.Option(min=1, max=100_000, help="T of training, where the file does not say."),
     ] = None,
     prediction: Annotated[
         str | None,
@@ -86,22 +87,20 @@ def command(
     with needs("onnxruntime", extra="cpu"):
         import onnxruntime  # noqa: F401  (the check needs it: say so before the work)
 
-    with settings("See: ddpm-deploy export --help"):
-        asked = (
-            named_schedule(schedule or "linear", timesteps or 1000)
-            if schedule or timesteps
-            else None
-        )
-    told = None if spec_file is None else read_spec_toml(spec_file)
+    with settings("See: ddpm-deploy export --help"):  # before the work; the family's is not known
+        named_schedule(schedule or "linear", timesteps or 1000)
+    toml = spec_file is not None and spec_file.suffix == ".toml"
+    told = read_spec_toml(spec_file) if spec_file is not None and toml else None
     loaded = load_network(
         checkpoint,
         image_size=parse_size(image_size),
-        schedule=asked,
+        schedule=schedule,
+        timesteps=timesteps,
         prediction=cast("Prediction | None", prediction),
         weights=cast("Weights | None", weights),
         settings=parse_settings(said or []),
         guidance=guidance,
-        spec=None if told is None else told.spec,
+        spec=spec_of(spec_file) if told is None else told.spec,
         model=model,
     )
     facts = (*loaded.facts, *(() if told is None else told.facts))

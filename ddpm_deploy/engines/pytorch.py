@@ -94,9 +94,10 @@ class TorchEngine(Engine):
             with torch.inference_mode():
                 return np.asarray(self.network(*tensors).cpu().numpy(), dtype=np.float32)
         except _FAILURES as error:  # torch's out-of-memory error is a RuntimeError
+            full = isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)
             raise EngineError(
                 f"PyTorch failed on a batch of {len(feeds['x'])}: {said(error)}",
-                hint="If it ran out of memory, type a smaller --batch.",
+                hint="Type a smaller --batch." if full else "The network's own code raised this.",
             ) from error
 
     def weights(self) -> Mapping[str, Array]:

@@ -37,7 +37,7 @@ from ddpm_deploy.export.rounding import rounded
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.parity import BUDGETS, example_conditions, relative_error
 from ddpm_deploy.precision import Half
-from ddpm_deploy.sampling import denoise
+from ddpm_deploy.sampling import Predictor, SelfConditioned, denoise
 
 HEADROOM = 2.0
 """How much larger than measured a value may become before it overflows."""
@@ -167,13 +167,18 @@ def sampled(engine: Engine, steps: int, images: int, *, seed: int = 0) -> list[C
     conditions = example_conditions(spec, images)
     calls: list[Call] = []
 
-    def predict(x: Samples, t: Timesteps) -> Samples:
-        feeds: dict[str, Array] = {"x": x, "t": t, **conditions}
-        calls.append(Call(feeds=feeds, out=engine(x, t, **conditions)))
+    sees = spec.self_condition
+
+    def predict(x: Samples, t: Timesteps, before: Samples | None = None) -> Samples:
+        given = dict(conditions)
+        if sees is not None:
+            given[sees.name] = np.zeros_like(x) if before is None else before
+        calls.append(Call(feeds={"x": x, "t": t, **given}, out=engine(x, t, **given)))
         return calls[-1].out
 
+    predictor: Predictor = predict if sees is None else SelfConditioned(predict=predict)
     table = spec.table("ddim", min(steps, spec.schedule.T), spacing="linspace")
-    for _ in denoise(predict, table, SeededNoise(seed, range(images), spec.sample_shape)):
+    for _ in denoise(predictor, table, SeededNoise(seed, range(images), spec.sample_shape)):
         pass
     return calls
 

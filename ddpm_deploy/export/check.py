@@ -58,6 +58,11 @@ def check_graph(path: Path, network: nn.Module, spec: ModelSpec) -> tuple[Deviat
                 x = SeededNoise(k, range(batch), spec.sample_shape)(0)
                 conditions = example_conditions(spec, batch)
                 wanted = reference(x, t, **conditions)
+                if not np.isfinite(wanted).all():
+                    raise ExportError(
+                        f"The network itself gives numbers that are not finite, t = {t.tolist()}.",
+                        hint="Is one of the facts wrong, such as an eps or the number of groups?",
+                    )
                 given = engine(x, t, **conditions)
                 relative = relative_error(given, wanted)
                 if not relative <= TOLERANCE:

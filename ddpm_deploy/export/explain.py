@@ -249,6 +249,8 @@ def walk(
 
 def _feeds(found: Verification, engine: Engine, x_t: Samples, t: int) -> dict[str, Array]:
     conditions = found.recipe.conditions(engine, found.images)
+    if sees := engine.spec.self_condition:
+        conditions[sees.name] = np.zeros_like(x_t)  # as at the first step
     return {"x": x_t, "t": np.full(len(x_t), t, np.int64), **conditions}
 
 

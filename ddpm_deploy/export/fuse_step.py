@@ -46,6 +46,11 @@ def fuse_step(model: onnx.ModelProto) -> onnx.ModelProto:
     if is_fused(properties.get(METADATA_KEY), source="this graph"):
         return model
     spec = ModelSpec.from_metadata(properties, source="This graph")
+    if spec.self_condition is not None:
+        raise ExportError(
+            "This network sees the x_0 of the step before, which a fused step does not keep.",
+            hint="Leave --fuse-step out: every step runs in NumPy.",
+        )
     x = _check(model.graph)
     fused = onnx.ModelProto()
     fused.CopyFrom(model)

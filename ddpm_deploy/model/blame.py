@@ -15,7 +15,10 @@ _LONGEST = 400
 def said(error: BaseException) -> str:
     """Returns an exception's type and text, with the last line of the user's own code."""
     root = _root(error)
-    text = " ".join(str(root).split())
+    try:
+        text = " ".join(str(root).split())
+    except Exception:  # noqa: BLE001  (it is the user's code that writes the text)
+        text = ""
     if isinstance(root, SyntaxError):
         name = Path(root.filename or "?").name
         return f"SyntaxError: {root.msg} ({name}, line {root.lineno}: {(root.text or '').strip()})"

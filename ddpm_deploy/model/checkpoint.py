@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +24,14 @@ from ddpm_deploy.model.tensors import check_numbers, check_tensors
 from ddpm_deploy.model.unet import HEADS
 from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes, unwrap
 from ddpm_deploy.sampling import Prediction
-from ddpm_deploy.schedule import Schedule
+from ddpm_deploy.schedule import Schedule, linear
 from ddpm_deploy.spec import ModelSpec
 
 OWN_FAMILY = "ddpm-deploy"
 """Family of checkpoints that `ddpm-deploy train` wrote: dome272's network with a spec."""
+
+_MARKS = frozenset({"key", "image size", "length", "schedule", "prediction"})
+"""What a spec's `network` says besides settings: which of its own facts were typed."""
 
 _OWN = {"heads": HEADS}
 """What every network of `train` has and its spec does not say."""
@@ -57,7 +61,8 @@ def load_network(
     path: str | Path,
     *,
     image_size: int | tuple[int, ...] | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | str | None = None,
+    timesteps: int | None = None,
     prediction: Prediction | None = None,
     weights: Weights | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -72,7 +77,8 @@ def load_network(
             family's folder.
         image_size: Side or (height, width), or a sequence's length, which no state dict says; the
             file's or the family's own when None.
-        schedule: The schedule of training; as `image_size`.
+        schedule: The schedule of training, or its name; as `image_size`.
+        timesteps: Its T, where not all of it is given; as `image_size`.
         prediction: What the network gives; as `image_size`.
         weights: `ema` or `online`; EMA where the file has it, when None.
         settings: What else the file does not say, by the names in `LoadedNetwork.facts`.
@@ -92,11 +98,16 @@ def load_network(
     said = Said(
         image_size=(image_size,) if isinstance(image_size, int) else image_size,
         schedule=schedule,
+        timesteps=timesteps,
         prediction=prediction,
         settings=dict(settings or {}),
     )
     loaded = _load_network(path, said, weights, spec, model)
     scale = guidance if guidance is not None or spec is None else spec.guidance
+    if scale is not None and not math.isfinite(scale):
+        raise CheckpointError(
+            f"The guidance is {scale}; it must be finite.", hint="Type --guidance 3"
+        )
     if scale is None:
         return loaded
     network = Guided(loaded.network, loaded.spec, scale).eval()
@@ -121,30 +132,33 @@ def _load_network(
     own = _own_spec(opened.content, path)
     said = replace(said, settings=settings)
     known = own or spec
-    if own is not None:
-        _check_said(own, said, path)
     if known is not None:
-        replayed = {name: value for name, value in known.network.items() if name != "key"}
+        _check_said(known, said, path, _OWN if own else {})
+        told = known.network
+        replayed = {name: value for name, value in told.items() if name not in _MARKS}
         said = Said(
             image_size=known.sample_shape[1:],
             schedule=known.schedule,
             prediction=known.prediction,
             settings={**(_OWN if own else {}), **replayed, **said.settings},
             source="config",
+            typed=frozenset(said.settings) | (told.keys() & _MARKS),
         )
     facts = Facts(said, source=str(path))
     reading = _read(family, opened, facts)
-    found = reading.spec
+    found = reading.spec if own is None else own
     if known is not None:
-        _check_fit(known, found, path, "the spec in it" if own else "the engine beside it")
-        found = known
+        _check_fit(
+            known,
+            reading.spec,
+            path,
+            "the spec in it" if own else "the engine beside it",
+            own=own is not None,
+        )
     found = found.with_changes(
         checkpoint_sha256=sha256(*opened.files),
         weights=opened.weights,
-        network={
-            **{fact.name: fact.value for fact in facts.all if fact.option.startswith("--set")},
-            **({"key": key} if key else {}),
-        },
+        network=_told(facts, key) if spec is None else spec.network,
     )
     network = _load(family, reading, opened)
     return LoadedNetwork(network=network, spec=found, facts=(*_taken(opened, key), *facts.all))
@@ -193,12 +207,33 @@ def open_checkpoint(path: Path, weights: Weights | None = None, key: str = "") -
     )
 
 
+def _told(facts: Facts, key: str) -> dict[str, Any]:
+    """Returns what no file says of a network, which it takes to read the checkpoint again.
+
+    What a config beside the weights says is read there again, so that a change of it shows.
+    """
+    told = {
+        fact.name: fact.value
+        for fact in facts.all
+        if fact.option.startswith("--set") and fact.source != "config"
+    }
+    typed = {f.name: "typed" for f in facts.all if f.name in _MARKS and f.source == "flag"}
+    return {**told, **typed, **({"key": key} if key else {})}
+
+
 def _read(family: Family, opened: Opened, facts: Facts) -> Reading:
     try:
         reading = family.read(opened, facts)
     except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _unfit(family, opened, error) from error
     facts.done()
+    try:
+        reading.spec.with_changes().table()
+    except ValueError as error:
+        raise CheckpointError(
+            f"{opened.path} says what cannot be: {error}.",
+            hint="Say otherwise with --prediction, --schedule, or --set of what the table names.",
+        ) from error
     return reading
 
 
@@ -206,9 +241,11 @@ def _load(family: Family, reading: Reading, opened: Opened) -> nn.Module:
     """Loads the weights strictly, once they are known to be finite numbers."""
     state = opened.state if reading.state is None else reading.state
     check_numbers(state, opened.path)
+    state = {name: tensor.float() for name, tensor in state.items()}
+    check_numbers(state, opened.path)  # float64's largest are beyond float32
     network = reading.network
     try:
-        network.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+        network.load_state_dict(state, strict=True)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise _unfit(family, opened, error) from error
     return network.eval().requires_grad_(False)
@@ -216,9 +253,13 @@ def _load(family: Family, reading: Reading, opened: Opened) -> nn.Module:
 
 def _unfit(family: Family, opened: Opened, error: Exception) -> CheckpointError:
     what = " ".join(str(error).split())
+    fits = (
+        "the configuration beside its weights makes no such network"
+        if opened.config and not isinstance(error, RuntimeError)
+        else "its weights do not fit that network"
+    )
     return CheckpointError(
-        f"{opened.path} looks like {family.name} but its weights do not fit that network: "
-        f"{what[:400]}",
+        f"{opened.path} looks like {family.name} but {fits}: {what[:400]}",
         hint="Is it a fork that changed the architecture? See docs/checkpoints.md",
     )
 
@@ -288,28 +329,38 @@ def _taken(opened: Opened, key: str) -> tuple[Fact, ...]:
     return (taken, named) if key else (taken,)
 
 
-def _check_said(own: ModelSpec, said: Said, path: Path) -> None:
-    """Refuses what contradicts a checkpoint that says what it is."""
-    size = own.sample_shape[1:]
+def _check_said(known: ModelSpec, said: Said, path: Path, own: Mapping[str, Any]) -> None:
+    """Refuses what contradicts a checkpoint that says what it is, or an engine made from it."""
+    size = known.sample_shape[1:]
     if said.image_size is not None and said.image_size not in {size, size[:1]}:
         raise CheckpointError(
             f"{path} was trained at {'x'.join(map(str, size))}, "
             f"not at --image-size {'x'.join(map(str, said.image_size))}.",
             hint="Leave --image-size out.",
         )
-    for name in ("schedule", "prediction"):
-        value = getattr(said, name)
-        if value is not None and value != getattr(own, name):
+    try:
+        schedule = said.schedule_for(known.schedule)
+    except ValueError:
+        schedule = linear(said.timesteps or 1)  # of another length: named below
+    for name, value in (("schedule", schedule), ("prediction", said.prediction)):
+        if value is not None and value != getattr(known, name):
             raise CheckpointError(
-                f"{path} was trained with the {name} {getattr(own, name)}, not with {value}.",
+                f"{path} was trained with the {name} {getattr(known, name)}, not with {value}.",
                 hint=f"Leave the {name}'s options out.",
+            )
+    for name, fixed in own.items():
+        if str(said.settings.get(name, fixed)) != str(fixed):
+            raise CheckpointError(
+                f"{path} was trained with {name} {fixed}, not {said.settings[name]}.",
+                hint=f"Leave --set {name} out.",
             )
 
 
-def _check_fit(spec: ModelSpec, shown: ModelSpec, path: Path, origin: str) -> None:
+def _check_fit(spec: ModelSpec, shown: ModelSpec, path: Path, origin: str, *, own: bool) -> None:
     """Compares a spec with what the weights show."""
     given, wanted = (
         f"{s.sample_shape[0]} channels and {s.label.classes if s.label else 'no'} labels"
+        + (f" of {s.family}" if spec.family != shown.family and not own else "")
         for s in (spec, shown)
     )
     if given != wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.diffusers_folder import CONFIG, config_beside, open_folder, unwrap
-from ddpm_deploy.model.diffusers_scheduler import read_scheduler
+from ddpm_deploy.model.diffusers_scheduler import read_scheduler, setting
 from ddpm_deploy.model.facts import Facts
 from ddpm_deploy.model.family import Family, Opened, Reading, State, label_condition
 from ddpm_deploy.model.unet2d import (
@@ -40,9 +41,8 @@ def _read(opened: Opened, facts: Facts) -> Reading:
     state = {_current_name(name): tensor for name, tensor in opened.state.items()}
     _check_kind(config, opened)
     settings = _settings(config, state, facts, opened)
-    shift = facts.found("freq_shift", config.get("freq_shift", 0), "config")
-    size = config.get("sample_size")
-    size = (size, size) if isinstance(size, int) else size and tuple(size)
+    shift = _config(facts, config, "freq_shift", 0)
+    size = _size(config)
     shape = facts.image_size(size, source="config", multiple_of=2 ** (len(settings.widths) - 1))
     learned = settings.out_channels == 2 * settings.channels
     if settings.out_channels != settings.channels and not learned:
@@ -155,6 +155,10 @@ def _settings(
         "scale_shift" if int(projection.shape[0]) == 2 * widths[0] else "default",
     )
     middle_attention = facts.found("add_attention", "mid_block.attentions.0.to_q.weight" in state)
+    shown = {"resnet_time_scale_shift": scale_shift, "add_attention": middle_attention}
+    for name, value in shown.items():
+        if config.get(name, value) != value and config.get("mid_block_type", "") is not None:
+            raise _disagrees(opened, name, config[name], value)
     groups = _config(facts, config, "norm_num_groups", 32)
     middle_groups = None
     if middle_attention:
@@ -173,21 +177,62 @@ def _settings(
         head_dim=_config(facts, config, "attention_head_dim", 8),
         groups=groups,
         middle_groups=middle_groups,
-        eps=float(_config(facts, config, "norm_eps", 1e-5)),
+        eps=_config(facts, config, "norm_eps", 1e-5),
         padding=_config(facts, config, "downsample_padding", 1),
         activation=_config(facts, config, "act_fn", "silu"),
         scale_shift=scale_shift == "scale_shift",
         middle=middle,
         middle_attention=middle_attention,
-        middle_scale=float(_config(facts, config, "mid_block_scale_factor", 1.0)),
+        middle_scale=_config(facts, config, "mid_block_scale_factor", 1.0),
         center=_config(facts, config, "center_input_sample", False),
         cosine_first=_config(facts, config, "flip_sin_to_cos", True),
     )
 
 
+def _size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns height and width, None where the config leaves them out."""
+    size = config.get("sample_size")
+    if size is None:
+        return None
+    sides = [size, size] if isinstance(size, int) else size
+    whole = isinstance(sides, list) and all(type(side) is int and side > 0 for side in sides)
+    if not whole or len(sides) != 2:
+        raise CheckpointError(
+            f"Its config says sample_size {size!r}; it is a side, or height and width.",
+            hint="Correct it there: 32, or [16, 24]",
+        )
+    return sides[0], sides[1]
+
+
 def _config(facts: Facts, config: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Returns what the config says, or diffusers' default where it leaves a name out."""
-    return facts.found(name, config.get(name, default), "config")
+    """Returns what the config says, or diffusers' default where it leaves a name out.
+
+    Raises:
+        CheckpointError: It says what cannot be.
+    """
+    value: Any = None
+    if name not in _NULL or name not in config or config[name] is not None:
+        value = setting(config, name, default, of="its network")
+    value = facts.found(name, value, "config")
+    least, most = _LIMITS.get(name, (-math.inf, math.inf))
+    if isinstance(value, int | float) and not least <= value <= most:
+        raise CheckpointError(
+            f"Its {name} is {value}; there is {least:g} to {most:g}.",
+            hint=f"Type the one of training: --set {name}={default}",
+        )
+    return value
+
+
+_NULL = {"attention_head_dim", "attn_norm_num_groups"}
+"""Settings whose null says something of its own: one head, the groups of the other norms."""
+
+_LIMITS = {
+    "attention_head_dim": (1, math.inf),
+    "norm_num_groups": (1, math.inf),
+    "norm_eps": (1e-12, 0.1),
+    "downsample_padding": (0, 1),
+    "mid_block_scale_factor": (1e-3, 1e3),
+}
 
 
 def _check_agreement(config: Mapping[str, Any], found: Mapping[str, Any], opened: Opened) -> None:
@@ -198,11 +243,14 @@ def _check_agreement(config: Mapping[str, Any], found: Mapping[str, Any], opened
         if name.endswith("_types"):  # attention alone: a setting of its own says how they resample
             said, shown = (["Attn" in str(block) for block in blocks] for blocks in (said, value))
         if said != (list(shown) if isinstance(shown, tuple | list) else shown or None):
-            raise CheckpointError(
-                f"The {CONFIG} of {opened.path} says {name} {config[name]}, and the weights have "
-                f"{value}.",
-                hint="Is it another model's? Copy the one that was saved with these weights.",
-            )
+            raise _disagrees(opened, name, config[name], value)
+
+
+def _disagrees(opened: Opened, name: str, said: object, shown: object) -> CheckpointError:
+    return CheckpointError(
+        f"The {CONFIG} of {opened.path} says {name} {said!r}, and the weights have {shown!r}.",
+        hint="Is it another model's? Copy the one that was saved with these weights.",
+    )
 
 
 def _block(state: State, level: str, resampler: str) -> Block:

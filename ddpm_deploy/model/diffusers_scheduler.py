@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast, get_args
@@ -68,6 +69,38 @@ class Loop:
     sampling: Sampling
 
 
+def setting(values: Mapping[str, Any], name: str, default: T, *, of: str) -> T:
+    """Returns what a config says of a name, in the kind of its default; that where it says nothing.
+
+    Args:
+        values: The config.
+        name: Of the setting.
+        default: Where it is left out, or null.
+        of: What the config belongs to, for errors.
+
+    Raises:
+        CheckpointError: It is a value of another kind: a text for a number, or for true or false.
+    """
+    value = values.get(name)
+    if value is None:
+        return default
+    kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    sound = isinstance(value, kinds) and (isinstance(default, bool) or not isinstance(value, bool))
+    if default is not None and (not sound or (number and not math.isfinite(value))):
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise CheckpointError(
+            f"The configuration of {of} says {name} {value!r}, which is not "
+            f"{words.get(type(default), 'of its kind')}.",
+            hint=f"Correct it there, or type --set {name}={_typed(default)}",
+        )
+    return cast("T", float(value) if isinstance(default, float) and number else value)
+
+
+def _typed(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class _Config:
     """A config that may be missing, of which every value that is read becomes a fact."""
 
@@ -79,8 +112,7 @@ class _Config:
         """Returns a value: the config's, or its class's default where it leaves the value out."""
         if not self.values:
             return self.facts.ask(name, default)
-        value = self.values.get(name)
-        value = default if value is None else value
+        value = setting(self.values, name, default, of="its scheduler")
         return self.facts.found(name, kind(value) if kind else value, "config")
 
 
@@ -109,9 +141,10 @@ def read_scheduler(
             f"{source} is sampled by a {name}, which has no betas: it is no DDPM.",
             hint="The schedulers of DDPMs are DDPMScheduler, DDIMScheduler and their kin.",
         )
-    schedule = facts.schedule(trained_schedule(values, source), source=config.source)
+    schedule = facts.schedule(lambda: trained_schedule(values, source), source=config.source)
     prediction = _prediction(config, source)
-    if values.get("thresholding") and facts.found("thresholding", True, "config"):
+    thresholds = setting(values, "thresholding", default=False, of=source)
+    if thresholds and facts.found("thresholding", True, "config"):
         raise CheckpointError(
             f"The {name} of {source} limits x_0 by dynamic thresholding, whose limit is another "
             "for each image; the sampler's table has one.",
@@ -156,7 +189,7 @@ def trained_schedule(values: Mapping[str, Any], source: str) -> Schedule:
             f"The scheduler of {source} has betas that are none: {error}.",
             hint="Say the schedule of training: --schedule linear --timesteps 1000",
         ) from error
-    if not values.get("rescale_betas_zero_snr"):
+    if not setting(values, "rescale_betas_zero_snr", default=False, of=source):
         return schedule
     # Lin et al. 2023, https://arxiv.org/abs/2305.08891, Algorithm 1: √ᾱ is moved to end at 0.
     root = np.sqrt(schedule.alpha_bar)
@@ -171,7 +204,7 @@ def trained_schedule(values: Mapping[str, Any], source: str) -> Schedule:
 
 def _plain_schedule(values: Mapping[str, Any]) -> Schedule:
     total = values.get("num_train_timesteps", 1000)
-    if not isinstance(total, int) or not 1 <= total <= _MOST_TIMESTEPS:
+    if not isinstance(total, int) or isinstance(total, bool) or not 1 <= total <= _MOST_TIMESTEPS:
         raise ValueError(f"num_train_timesteps is {total!r}, not 1 to {_MOST_TIMESTEPS}")
     start, end = float(values.get("beta_start", 1e-4)), float(values.get("beta_end", 0.02))
     if values.get("trained_betas") is not None:
@@ -199,7 +232,7 @@ def _plain_schedule(values: Mapping[str, Any]) -> Schedule:
 def _prediction(config: _Config, source: str) -> Prediction:
     values = config.values
     # Before prediction_type there was a switch for it.
-    old = "epsilon" if values.get("predict_epsilon", True) else "sample"
+    old = "epsilon" if setting(values, "predict_epsilon", default=True, of=source) else "sample"
     found = values.get("prediction_type", old)
     if found not in PREDICTIONS:
         raise CheckpointError(
@@ -221,7 +254,7 @@ def _sampler(config: _Config, name: str) -> Sampler:
             if config.values.get(key, followed[0]) not in followed
         ]
         if others:
-            facts.found("not_followed", ", ".join(others), "config")
+            facts.remark("not_followed", ", ".join(others), "config")
             return facts.ask("sampler", own, among=get_args(Sampler))
     if not config.values:
         return facts.ask("sampler", own, among=get_args(Sampler))

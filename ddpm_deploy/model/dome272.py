@@ -17,7 +17,7 @@ def _read(opened: Opened, facts: Facts) -> Reading:
     channels = facts.found("channels", int(state["inc.double_conv.0.weight"].shape[1]))
     classes = facts.found("classes", 0 if labels is None else int(labels.shape[0]))
     facts.found("widths", str(widths))
-    heads = facts.ask("heads", HEADS)
+    heads = facts.ask("heads", HEADS, least=1)
     size = facts.image_size((64, 64), multiple_of=8)
     schedule = facts.schedule(linear(1000))
     if schedule.T == 1:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.sampling import PREDICTIONS, Prediction
-from ddpm_deploy.schedule import Schedule
+from ddpm_deploy.schedule import SCHEDULES, Schedule, linear, named_schedule
 
 Source = Literal["weights", "config", "release", "flag", "assumed"]
 """Shapes and numbers in the file; a file beside them; a file known by its shapes; what was typed;
 the family's default, which nothing confirms."""
 
 T = TypeVar("T")
+
+_LARGEST = 16384
+"""Side of a sample: more is a mistake, and no network of these fits a machine with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +44,40 @@ class Said:
 
     Attributes:
         image_size: Height and width, or the length of a sequence; None where nothing is said.
-        schedule: Of training.
+        schedule: Of training: all of it, or its name.
+        timesteps: Its T, where that was said alone or with a name.
         prediction: What the network gives.
         settings: Of the family, by name: text as it was typed, or values in JSON's types.
         source: Where all this is from: `flag`, or `config` where a spec says it.
+        typed: Names of settings that were typed, where a spec says the others.
     """
 
     image_size: tuple[int, ...] | None = None
-    schedule: Schedule | None = None
+    schedule: Schedule | str | None = None
+    timesteps: int | None = None
     prediction: Prediction | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: Source = "flag"
+    typed: frozenset[str] = frozenset()
+
+    def of(self, name: str) -> Source:
+        """Returns where a setting is from."""
+        return "flag" if name in self.typed else self.source
+
+    def schedule_for(self, default: Schedule) -> Schedule | None:
+        """Returns the schedule that is said: its name or its T alone changes that of a default.
+
+        Raises:
+            ValueError: There is none of that name, or a default of given betas has another T.
+        """
+        if isinstance(self.schedule, Schedule):
+            return self.schedule
+        if self.schedule is None and self.timesteps is None:
+            return None
+        name, T = self.schedule or default.name, self.timesteps or default.T  # noqa: N806
+        if self.schedule is None and name not in SCHEDULES:
+            raise ValueError(f"its schedule is {default}, whose T is that of its betas")
+        return named_schedule(name, T, **(default.parameters if name == default.name else {}))
 
 
 class Facts:
@@ -80,7 +107,7 @@ class Facts:
             typed = self._typed(name, kind=type(value))
             if typed == value or source != "weights":
                 if typed != value:
-                    source, value = self._said.source, typed
+                    source, value = self._said.of(name), typed
             else:
                 raise CheckpointError(
                     f"{self._source} has {name} {_shown(value)} by its weights, not "
@@ -95,20 +122,25 @@ class Facts:
         """Notes what follows from other facts, or what nothing can change."""
         self._note(Fact(name=name, value=value, source=source))
 
-    def ask(self, name: str, default: T, *, among: Sequence[T] = ()) -> T:
+    def ask(self, name: str, default: T, *, among: Sequence[T] = (), least: int | None = None) -> T:
         """Returns what the user says, or the family's default, which is then assumed.
 
         Args:
             name: Of the fact.
             default: Where the user says nothing; its type is the value's.
             among: What there is, where that is a list.
+            least: Of a number.
 
         Raises:
             CheckpointError: What was typed is no such value.
         """
         if name in self._said.settings:
             value: T = self._typed(name, kind=type(default), among=among)
-            self._note(_fact(name, value, self._said.source))
+            if least is not None and isinstance(value, int) and value < least:
+                raise CheckpointError(
+                    f"--set {name}={value} is below {least}.", hint="See docs/checkpoints.md"
+                )
+            self._note(_fact(name, value, self._said.of(name)))
             return value
         self._note(_fact(name, default, "assumed"))
         return default
@@ -130,13 +162,15 @@ class Facts:
                 f"{self._source} does not say its {name.replace('_', ' ')}. {why}", hint=hint
             )
         value: T = self._typed(name, kind=kind)
-        self._note(_fact(name, value, self._said.source))
+        self._note(_fact(name, value, self._said.of(name)))
         return value
 
     def typed(self, name: str) -> bool:
         """Tells whether the user says something of a fact, `image size` among them."""
         if name == "image size":
             return self._said.image_size is not None
+        if name == "prediction":
+            return self._said.prediction is not None
         return name in self._said.settings
 
     def image_size(
@@ -162,7 +196,8 @@ class Facts:
         """
         option = "--image-size"
         axes = len(default) if default else axes
-        size = self._said.image_size or default
+        said = None if default and self._yields(called, source) else self._said.image_size
+        size = said or default
         if size is None:
             raise CheckpointError(
                 f"{self._source} does not say its {called}; no file of this kind does.",
@@ -176,19 +211,24 @@ class Facts:
                 + ("one number." if axes == 1 else "one number, or height x width."),
                 hint=f"Type {option} 32" if axes == 1 else f"Type {option} 32, or {option} 16x24",
             )
+        if any(side > _LARGEST for side in size):
+            raise CheckpointError(
+                f"The {called} is {'x'.join(map(str, size))}; {_LARGEST} is the most.",
+                hint=f"Type the size that it was trained at: {option} {4 * multiple_of}",
+            )
         if any(side < 1 or side % multiple_of for side in size):
             raise CheckpointError(
                 f"The {called} is {'x'.join(map(str, size))}; this network takes multiples of "
                 f"{multiple_of}.",
                 hint=f"Type the size that it was trained at: {option} {4 * multiple_of}",
             )
-        source = self._said.source if self._said.image_size else source
+        source = self._said.of(called) if said else source
         self._note(Fact(name=called, value="x".join(map(str, size)), source=source, option=option))
         return size
 
     def schedule(
         self,
-        default: Schedule,
+        default: Schedule | Callable[[], Schedule],
         *,
         source: Source = "assumed",
         adapt: Callable[[Schedule], Schedule] | None = None,
@@ -196,11 +236,23 @@ class Facts:
         """Returns the schedule of training: what the user says, or the file's or family's own.
 
         Args:
-            default: Where the user says nothing.
+            default: Where the user says nothing; or what makes it, which is then not called where
+                the user says all.
             source: Of the default.
             adapt: What the family means by a schedule of the name and length that was typed.
         """
-        said = self._said.schedule
+        whole = self._said.schedule
+        if callable(default):
+            said_all = isinstance(whole, Schedule) or (whole and self._said.timesteps)
+            unused = said_all and not self._yields("schedule", source)
+            default = linear() if unused else default()
+        try:
+            said = None if self._yields("schedule", source) else self._said.schedule_for(default)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._source} cannot take this schedule: {error}.",
+                hint="Type both: --schedule linear --timesteps 1000",
+            ) from error
         if said is not None and adapt is not None:
             said = adapt(said)
         if said is not None and source == "weights" and said != default:
@@ -210,21 +262,28 @@ class Facts:
             )
         schedule = said or default
         option = "" if source == "weights" else "--schedule, --timesteps"
-        source = self._said.source if said is not None and source != "weights" else source
+        source = self._said.of("schedule") if said is not None and source != "weights" else source
         self._note(Fact(name="schedule", value=str(schedule), source=source, option=option))
         return schedule
 
     def prediction(self, default: Prediction, *, source: Source = "assumed") -> Prediction:
         """Returns what the network gives: what the user says, or the file's or family's own."""
-        said = self._said.prediction
+        said = None if self._yields("prediction", source) else self._said.prediction
         if said is not None and said not in PREDICTIONS:
             raise CheckpointError(
                 f"The prediction is {said!r}; there are {', '.join(PREDICTIONS)}.",
                 hint="Type --prediction epsilon",
             )
-        source = self._said.source if said is not None else source
+        if said is not None and source == "weights" and said != default:
+            raise CheckpointError(
+                f"{self._source} says by its weights that it predicts {default}, not {said}.",
+                hint="Leave --prediction out.",
+            )
+        if said is not None and source != "weights":
+            source = self._said.of("prediction")
         value = said or default
-        self._note(Fact(name="prediction", value=value, source=source, option="--prediction"))
+        option = "" if source == "weights" else "--prediction"
+        self._note(Fact(name="prediction", value=value, source=source, option=option))
         return value
 
     def done(self) -> None:
@@ -240,6 +299,11 @@ class Facts:
                 f"{', '.join(known) or 'nothing'}.",
                 hint="Leave it out, or see docs/checkpoints.md",
             )
+
+    def _yields(self, name: str, source: Source) -> bool:
+        """Tells whether what an engine's spec says gives way to what the checkpoint itself says."""
+        replayed = self._said.source == "config" and name not in self._said.typed
+        return replayed and source in {"weights", "config", "release"}
 
     def _note(self, fact: Fact) -> None:
         self._facts[fact.name] = fact
@@ -265,6 +329,8 @@ _KINDS: Mapping[Any, str] = {
     float: "a number",
     bool: "true or false",
     tuple: "a list of numbers such as 1,2,4",
+    list: "a list such as [1,2,4]",
+    dict: 'a table such as {"a": 1}',
 }
 
 
@@ -278,20 +344,47 @@ def _parse(given: Any, kind: Callable[[Any], Any]) -> Any:
     Raises:
         ValueError: It is no such value.
     """
-    if kind is type(None):  # a default that is None: a number, or a word
+    if kind is type(None):  # a default that is None: nothing, a number, or a word
+        if given in {"null", "none"}:
+            return None
         return int(given) if str(given).lstrip("-").isdecimal() else given
     if not isinstance(given, str):
         return tuple(given) if kind is tuple else given
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if given.lower() not in words:
-            raise ValueError(given)
-        return words[given.lower()]
-    if kind is tuple:
-        return tuple(
-            float(part) if "." in part else int(part) for part in given.strip("()[] ").split(",")
-        )
-    return kind(given)
+    read: Callable[[str], Any] = _FROM_TEXT.get(kind, kind)
+    return read(given)
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(p) if "." in p else int(p) for p in text.strip("()[] ").split(","))
+
+
+def _list(text: str) -> list[Any]:
+    value = json.loads(text if text.startswith("[") else f"[{text}]")
+    if not isinstance(value, list):
+        raise TypeError(text)
+    return value
+
+
+def _table(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise TypeError(text)
+    return value
+
+
+_FROM_TEXT: Mapping[Any, Callable[[str], Any]] = {
+    bool: _truth,
+    tuple: _numbers,
+    list: _list,
+    dict: _table,
+}
 
 
 def _shown(value: Any) -> str:

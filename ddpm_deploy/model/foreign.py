@@ -441,7 +441,7 @@ def check_names(state: State, source: str) -> None:
     Raises:
         CheckpointError: They are.
     """
-    names = "\n".join(state)
+    names = "\n".join(map(str, state))
     for kind in KINDS:
         if kind.matches(state, names):
             raise CheckpointError(f"{source} is {kind.says}.", hint=kind.hint)

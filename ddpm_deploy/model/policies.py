@@ -297,9 +297,9 @@ def _loop_of(config: Mapping[str, Any], facts: Facts, *, steps: int | None) -> d
     for name in ("thresholding", "rescale_betas_zero_snr"):
         if config.get(name):
             _refuse_scheduler(f"{name}={config[name]}", "that is not supported")
-    schedule = facts.schedule(trained_schedule(config, "this policy"), source=source)
+    schedule = facts.schedule(lambda: trained_schedule(config, "this policy"), source=source)
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    if prediction not in PREDICTIONS and not facts.typed("prediction"):
         _refuse_scheduler(
             f"prediction_type={prediction}",
             f"there are {', '.join(PREDICTIONS)}",

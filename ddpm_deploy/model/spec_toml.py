@@ -15,7 +15,15 @@ import numpy as np
 
 from ddpm_deploy.errors import SpecError
 from ddpm_deploy.model.facts import Fact
-from ddpm_deploy.sampling import SAMPLERS, Prediction, Sampling, Spacing, Variance
+from ddpm_deploy.sampling import (
+    SAMPLERS,
+    FinalSigma,
+    FirstOrderEnd,
+    Prediction,
+    Sampling,
+    Spacing,
+    Variance,
+)
 from ddpm_deploy.schedule import SCHEDULES, Schedule, named_schedule
 from ddpm_deploy.spec import Condition, Meaning, ModelSpec, Restore, Rounding
 
@@ -187,7 +195,7 @@ class _Reader:
             self._bad("schedule", "name", f"gives no schedule: {error}", "other parameters")
 
     def _sampling(self, table: Mapping[str, Any], T: int) -> Sampling:  # noqa: N803
-        self._known(table, {f.name for f in fields(Sampling)}, "sampling")
+        self._known(table, set(_SAMPLING), "sampling")
         values = self._values(table, _SAMPLING, "sampling")
         steps = values.get("steps")
         if isinstance(steps, list):
@@ -451,6 +459,10 @@ _SAMPLING: Keys = {
     "previous": _among(("next", "stride")),
     "final": _among(("clean", "first")),
     "noise_at_end": _FLAG,
+    "order": _Kind(lambda v: v in (1, 2) and not isinstance(v, bool), "1 or 2", "2"),
+    "karras": _FLAG,
+    "final_sigma": _among(get_args(FinalSigma)),
+    "first_order_end": _among(get_args(FirstOrderEnd)),
 }
 
 _CONDITION: Keys = {

@@ -152,7 +152,8 @@ def _of_the_row(evidence: Evidence) -> Iterator[Suspect]:
             evidence.row(pair), x_from_noise=evidence.row(pair).x_from_noise ** 2
         ),
     )
-    if evidence.recipe.sampler == "ddim" and evidence.spec.prediction == "epsilon":
+    derived = evidence.recipe.loop(evidence.spec)[1].direction == "clipped"
+    if evidence.recipe.sampler == "ddim" and evidence.spec.prediction == "epsilon" and derived:
         yield Suspect(
             name="ddim-direction",
             says="takes DDIM's direction from the network's output, where x_0 was clipped",
