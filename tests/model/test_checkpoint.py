@@ -319,7 +319,8 @@ def test_a_checkpoint_of_another_kind_than_the_engine_s_is_refused(
     path = write_state_dict(tmp_path / "ckpt.pt", channels=3, classes=2)
     error = refused(path, spec=spec)
     assert str(error) == (
-        f"{path} is a network of 3 channels and 2 labels; the engine beside it has {given}."
+        f"{path} is a network of 3 channels and 2 labels of dome272; the engine beside it has "
+        f"{given} of test."
     )
 
 

@@ -385,7 +385,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "classes": ({"num_class_embeds": 7}, "says num_class_embeds 7"),
     "size": ({"sample_size": 7}, "image size is 7x7; this network takes multiples of 2"),
     "head": ({"attention_head_dim": 64}, "attention_head_dim is 64"),
-    "groups": ({"norm_num_groups": 3}, "do not fit that network"),
+    "groups": ({"norm_num_groups": 3}, "must be divisible by num_groups"),
 }
 
 

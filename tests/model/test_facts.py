@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ddpm_deploy import cosine, linear
+from ddpm_deploy import Schedule, cosine, linear
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.facts import Fact, Facts, Said
 
@@ -148,3 +149,49 @@ def test_what_a_spec_says_is_from_a_config() -> None:
     found.ask("heads", 4)
     found.schedule(cosine(10))
     assert [fact.source for fact in found.all] == ["config", "config"]
+
+
+def test_a_name_or_a_length_alone_changes_that_of_the_default() -> None:
+    assert facts(timesteps=50).schedule(cosine(10)) == cosine(50)
+    assert facts(schedule="linear").schedule(cosine(10)) == linear(10)
+    assert facts(schedule="cosine", timesteps=7).schedule(linear(10)) == cosine(7)
+    steep = linear(10, start=0.01, end=0.5)
+    assert facts(timesteps=20).schedule(steep) == linear(20, start=0.01, end=0.5)
+    given = Schedule(np.full(10, 0.1))
+    with pytest.raises(CheckpointError, match="cannot take this schedule: its schedule is given"):
+        facts(timesteps=20).schedule(given)
+    assert facts(schedule="linear", timesteps=20).schedule(given) == linear(20)
+
+
+def test_a_default_that_cannot_be_made_is_not_where_all_is_said() -> None:
+    def fails() -> Schedule:
+        raise AssertionError
+
+    assert facts(schedule="linear", timesteps=5).schedule(fails, source="config") == linear(5)
+
+
+def test_what_an_engine_s_spec_says_gives_way_to_what_the_checkpoint_says() -> None:
+    told = facts(
+        schedule=linear(10),
+        prediction="sample",
+        image_size=(8, 8),
+        source="config",
+    )
+    assert told.schedule(cosine(10), source="config") == cosine(10)
+    assert told.prediction("epsilon", source="config") == "epsilon"
+    assert told.image_size((16, 16), source="config") == (16, 16)
+    assert told.image_size((16, 16)) == (8, 8)  # the family's default says nothing
+    typed = Said(schedule=linear(10), source="config", typed=frozenset({"schedule"}))
+    assert Facts(typed, source="ckpt.pt").schedule(cosine(10), source="config") == linear(10)
+
+
+def test_a_prediction_of_the_weights_is_not_typed_over() -> None:
+    with pytest.raises(CheckpointError, match="by its weights that it predicts v_prediction"):
+        facts(prediction="epsilon").prediction("v_prediction", source="weights")
+
+
+def test_a_size_beyond_reason_and_a_number_below_the_least_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="99992x99992; 16384 is the most"):
+        facts(image_size=(99992,)).image_size((64, 64), multiple_of=8)
+    with pytest.raises(CheckpointError, match="--set heads=0 is below 1"):
+        facts(settings={"heads": "0"}).ask("heads", 4, least=1)
