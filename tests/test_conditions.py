@@ -131,7 +131,7 @@ def test_a_spec_with_all_of_a_family_s_loop_travels_bit_for_bit() -> None:
         sampler="ddim",
     )
     read = ModelSpec.from_json(spec.to_json())
-    assert read == spec.with_changes(network={"heads": 4, "dims": [1, 2]})
+    assert read == spec.with_changes(network={"heads": 4, "dims": (1, 2)})
     assert read.to_json() == spec.to_json()
 
 
