@@ -16,6 +16,7 @@ from ddpm_deploy.files import sha256
 from ddpm_deploy.model import LoadedNetwork, load_network
 from ddpm_deploy.model.families import FAMILIES
 from ddpm_deploy.model.unet2d import UNet2D
+from ddpm_deploy.verify.compare import differing_fields
 from tests.model.diffusers_configs import (
     SCHEDULER,
     network_of,
@@ -452,3 +453,75 @@ def test_a_network_that_takes_a_picture_besides_is_refused(tmp_path: Path) -> No
     save_model(tmp_path / "m", network_of(config), config)
     with pytest.raises(CheckpointError, match="takes 3 channels and gives 1"):
         load_network(tmp_path / "m")
+
+
+def test_a_changed_config_shows_beside_an_engine_s_spec(pipeline: Path, tmp_path: Path) -> None:
+    before = load_network(pipeline).spec
+    assert load_network(pipeline, spec=before).spec == before
+    scheduler = pipeline / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text(encoding="utf-8"))
+    write_json(scheduler, {**config, "prediction_type": "sample", "beta_end": 0.5})
+    after = load_network(pipeline, spec=before).spec
+    assert set(differing_fields(after, before)) == {"prediction", "schedule"}
+    # And an engine's spec that was edited is not taken for the checkpoint's.
+    edited = before.with_changes(prediction="v_prediction", clip=3.0, variance="fixed_large")
+    assert load_network(pipeline, spec=edited).spec == after
+
+
+def test_what_was_typed_over_a_config_is_replayed(pipeline: Path) -> None:
+    said: dict[str, Any] = {"settings": {"norm_eps": "0.01"}, "prediction": "sample"}
+    typed = load_network(pipeline, **said)
+    again = load_network(pipeline, spec=ModelSpec.from_json(typed.spec.to_json()))
+    assert again.spec == typed.spec
+    assert isinstance(again.network, UNet2D)
+    assert isinstance(typed.network, UNet2D)
+    assert again.network.settings == typed.network.settings
+    assert again.network.settings.eps == 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"center_input_sample": "false"}, "says center_input_sample 'false', which is not true"),
+        ({"flip_sin_to_cos": 1}, "says flip_sin_to_cos 1, which is not true or false"),
+        ({"attention_head_dim": "8"}, "says attention_head_dim '8', which is not a whole number"),
+        ({"attention_head_dim": 0}, "attention_head_dim is 0; there is 1 to inf"),
+        ({"norm_num_groups": 8.0}, "says norm_num_groups 8.0, which is not a whole number"),
+        ({"norm_eps": float("nan")}, "says norm_eps nan, which is not a number"),
+        ({"norm_eps": 1e300}, "norm_eps is 1e"),
+        ({"downsample_padding": 2}, "downsample_padding is 2; there is 0 to 1"),
+        ({"sample_size": "16"}, "says sample_size '16'; it is a side"),
+        ({"sample_size": [16]}, r"says sample_size \[16\]; it is a side"),
+        ({"sample_size": [16.0, 16.0]}, "says sample_size"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "says resnet_time_scale_shift 'scale_shift'"),
+        ({"add_attention": False}, "says add_attention False, and the weights have True"),
+    ],
+)
+def test_a_config_s_value_of_another_kind_is_refused(
+    pipeline: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = json.loads((pipeline / "unet" / "config.json").read_text(encoding="utf-8"))
+    write_json(pipeline / "unet" / "config.json", {**config, **changes})
+    with pytest.raises(CheckpointError, match=message):
+        load_network(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip_sample": "false"}, "says clip_sample 'false', which is not true or false"),
+        ({"thresholding": "false"}, "says thresholding 'false', which is not true or false"),
+        ({"rescale_betas_zero_snr": "no"}, "says rescale_betas_zero_snr 'no', which is not"),
+        ({"clip_sample_range": 0}, "says what cannot be: clip is 0"),
+        ({"num_train_timesteps": True}, "num_train_timesteps is True, not 1 to"),
+        ({"rescale_betas_zero_snr": True}, "says what cannot be: alpha_bar is 0"),
+    ],
+)
+def test_a_scheduler_s_value_of_another_kind_is_refused(
+    pipeline: Path, changes: dict[str, Any], message: str
+) -> None:
+    scheduler = pipeline / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text(encoding="utf-8"))
+    write_json(scheduler, {**config, "timestep_spacing": "trailing", **changes})
+    with pytest.raises(CheckpointError, match=message):
+        load_network(pipeline)
