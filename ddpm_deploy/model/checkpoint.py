@@ -156,7 +156,7 @@ def _load_network(
             own=own is not None,
         )
     found = found.with_changes(
-        checkpoint_sha256=sha256(*opened.files),
+        checkpoint_sha256=sha256(*opened.files, *reading.files),
         weights=opened.weights,
         network=_told(facts, key) if spec is None else spec.network,
     )

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ddpm_deploy.errors import CheckpointError
@@ -29,7 +30,9 @@ _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def _read(opened: Opened, facts: Facts) -> Reading:
-    configs = opened.config if "unet" in opened.config else config_beside(opened.path)
+    configs, files = opened.config, tuple[Path, ...]()
+    if "unet" not in configs:
+        configs, files = config_beside(opened.path)
     if "unet" not in configs:
         raise CheckpointError(
             f"{opened.path} holds the weights of a diffusers UNet2DModel and not its config: the "
@@ -73,7 +76,7 @@ def _read(opened: Opened, facts: Facts) -> Reading:
         null = _null_label(facts, settings.classes)
         spec = replace(spec, conditions=(label_condition(settings.classes, null=null),))
     network = UNet2D(settings, timestep_frequencies(settings.widths[0], shift))
-    return Reading(network=network, spec=spec, state=state)
+    return Reading(network=network, spec=spec, state=state, files=files)
 
 
 def _null_label(facts: Facts, classes: int) -> int | None:

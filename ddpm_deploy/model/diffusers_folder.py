@@ -95,10 +95,10 @@ def unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
     return _opened(path, model, taken, (taken,), given)
 
 
-def config_beside(path: Path) -> Mapping[str, Any]:
-    """Returns the network's config and its scheduler's, that stand beside a file; {} for none."""
+def config_beside(path: Path) -> tuple[Mapping[str, Any], tuple[Path, ...]]:
+    """Returns the network's config and its scheduler's beside a file, {} for none, and the files."""
     config = _peek(path.parent / CONFIG)
-    return _configs(_model(path.parent, config))[0] if config else {}
+    return _configs(_model(path.parent, config)) if config else ({}, ())
 
 
 def _opened(

@@ -36,8 +36,8 @@ def detect(state: State, *, source: str, whole: State | None = None) -> Family:
         CheckpointError: No family has these names, or two have; names what it is instead, or the
             nearest family and what it would need.
     """
-    if whole:  # a network of pixels within a network of latents is none
-        check_names(whole, source)
+    if whole:  # a network of pixels' names within a network of latents is none
+        check_names(whole, source, around=True)
     found = [family for family in FAMILIES if family.matches(state)]
     if len(found) == 1:
         return found[0]
@@ -47,7 +47,8 @@ def detect(state: State, *, source: str, whole: State | None = None) -> Family:
             "marks of both.",
             hint="Save one network a file: torch.save(model.state_dict(), 'ckpt.pt')",
         )
-    check_names(state, source)
+    for names in (whole or {}, state):
+        check_names(names, source)
     nearest = min(FAMILIES, key=lambda family: len(family.missing(state)) / len(family.has_all))
     missing, unwanted = nearest.missing(state), nearest.unwanted(state)
     there = len(nearest.has_all) - len(missing)

@@ -53,11 +53,13 @@ class Reading:
         network: In the shapes of the weights, untrained; called with (x, t, *conditions).
         spec: What it is.
         state: The weights under the network's own names, where the file has others.
+        files: What was read besides those of the checkpoint: its hash is over these, too.
     """
 
     network: nn.Module
     spec: ModelSpec
     state: State | None = None
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

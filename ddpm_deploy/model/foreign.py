@@ -28,6 +28,7 @@ class Foreign:
         has: Patterns, each of which fits in some tensor's name.
         lacks: Patterns, none of which fits in any.
         shapes: What the shapes must be besides, where names do not tell.
+        around: Whether a network of pixels' names may stand inside, which it makes none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Foreign:
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
     shapes: Callable[[State], bool] | None = None
+    around: bool = False
 
     def matches(self, state: State, names: str) -> bool:
         """Tells whether tensors are of this kind; `names` are theirs, one a line."""
@@ -121,6 +123,7 @@ KINDS: tuple[Foreign, ...] = (
         says="a whole Stable Diffusion XL: a U-Net of latents, an autoencoder and text encoders",
         hint=_LATENT,
         has=(r"^conditioner\.embedders\.", r"diffusion_model\."),
+        around=True,
     ),
     Foreign(
         name="SD3",
@@ -145,18 +148,21 @@ KINDS: tuple[Foreign, ...] = (
         says="a whole Stable Diffusion 1 or 2: a U-Net of latents, an autoencoder, a text encoder",
         hint=_LATENT,
         has=(r"cond_stage_model\.", r"diffusion_model\."),
+        around=True,
     ),
     Foreign(
         name="latent diffusion",
         says="a latent diffusion model of CompVis: a U-Net of latents and an autoencoder",
         hint=_LATENT,
         has=(r"first_stage_model\.", r"diffusion_model\."),
+        around=True,
     ),
     Foreign(
         name="U-Net of latent diffusion",
         says="the U-Net of a latent diffusion model, by CompVis' names",
         hint=_LATENT,
         has=(r"(^|\.)diffusion_model\.(input_blocks|time_embed)\.",),
+        around=True,
     ),
     Foreign(
         name="latent U-Net with transformers",
@@ -266,12 +272,14 @@ KINDS: tuple[Foreign, ...] = (
         says="a DALL-E 2 of lucidrains (dalle2-pytorch)",
         hint=_PIXELS,
         has=(r"(^|\.)(prior|net)\.causal_transformer\.|(^|\.)decoder\.unets\.",),
+        around=True,
     ),
     Foreign(
         name="Imagen",
         says="an Imagen of lucidrains (imagen-pytorch): several U-Nets that text guides",
         hint=_PIXELS,
         has=(r"(^|\.)unets\.\d+\.",),
+        around=True,
     ),
     Foreign(
         name="classifier-free guidance of lucidrains",
@@ -329,13 +337,6 @@ KINDS: tuple[Foreign, ...] = (
         says="a network of cloneofsimo/minDiffusion",
         hint=_OWN,
         has=(r"(^|\.)(mab_over_sqrtmab|oneover_sqrta)$",),
-    ),
-    Foreign(
-        name="Ho et al.",
-        says="a U-Net by the names of Ho et al.'s code (pesser/pytorch_diffusion, ermongroup/ddim)",
-        hint="Convert it to diffusers' form, with convert_ddpm_original_checkpoint_to_diffusers.py "
-        "of its scripts, or: " + _OWN,
-        has=(r"(^|\.)temb\.dense\.0\.weight$", r"(^|\.)down\.0\.block\.0\."),
     ),
     Foreign(
         name="score_sde",
@@ -431,19 +432,20 @@ KINDS: tuple[Foreign, ...] = (
 """By the names of tensors, the particular before the general."""
 
 
-def check_names(state: State, source: str) -> None:
+def check_names(state: State, source: str, *, around: bool = False) -> None:
     """Refuses tensors that are of a kind with a name.
 
     Args:
         state: Under their full names, or without what they share.
         source: What to call the file in errors.
+        around: Whether only what stands around a network is looked for.
 
     Raises:
         CheckpointError: They are.
     """
     names = "\n".join(map(str, state))
     for kind in KINDS:
-        if kind.matches(state, names):
+        if (kind.around or not around) and kind.matches(state, names):
             raise CheckpointError(f"{source} is {kind.says}.", hint=kind.hint)
 
 

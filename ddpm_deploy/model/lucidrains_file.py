@@ -41,6 +41,8 @@ def unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
     Raises:
         CheckpointError: It does not hold these weights.
     """
+    if _has_nested_ema(content):
+        return None
     found: dict[Weights, State] = {}
     plain = True
     for kind, part in _parts(content, path):
@@ -111,6 +113,15 @@ def _parts(content: Any, path: Path) -> list[tuple[Weights, Mapping[str, Any]]]:
         parts.append(("ema", inside["ema"] or module))
         online.append(inside["online"])
     return [*parts, *(("online", part) for part in online if part)]
+
+
+def _has_nested_ema(content: Any) -> bool:
+    """Tells an average of another form, `{decay, shadow: {...}}`, which is not ema-pytorch's."""
+    averages = [content.get(key) for key in _EMA] if isinstance(content, Mapping) else []
+    return any(
+        isinstance(average, Mapping) and any(map(_holds_tensors, average.values()))
+        for average in averages
+    )
 
 
 def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

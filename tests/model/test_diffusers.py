@@ -525,3 +525,13 @@ def test_a_scheduler_s_value_of_another_kind_is_refused(
     write_json(scheduler, {**config, "timestep_spacing": "trailing", **changes})
     with pytest.raises(CheckpointError, match=message):
         load_network(pipeline)
+
+
+def test_the_hash_of_a_file_is_over_the_configs_beside_it(pipeline: Path) -> None:
+    weights = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.save({"model": weights}, pipeline / "unet" / "ckpt.pt")
+    before = load_network(pipeline / "unet" / "ckpt.pt").spec.checkpoint_sha256
+    scheduler = pipeline / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text(encoding="utf-8"))
+    write_json(scheduler, {**config, "beta_end": 0.5})
+    assert load_network(pipeline / "unet" / "ckpt.pt").spec.checkpoint_sha256 != before

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model import foreign, foreign_files, load_network
+from ddpm_deploy.model.checkpoint import open_checkpoint
 from tests.commands import contents, refusal, run
+from tests.golden import make_variant
 from tests.support import tiny_network, tiny_spec, write_graph
 
 Writer = Callable[[Path], Path]
@@ -403,11 +405,6 @@ KINDS: dict[str, tuple[Writer, str, str]] = {
         "is a network of cloneofsimo/minDiffusion",
         "--model",
     ),
-    "Ho et al.": (
-        tensors("temb.dense.0.weight", "down.0.block.0.norm1.weight"),
-        "is a U-Net by the names of Ho et al.'s code",
-        "convert_ddpm_original_checkpoint_to_diffusers.py",
-    ),
     "score_sde": (
         tensors("module.all_modules.0.W", "module.sigmas"),
         "is a score network of yang-song/score_sde_pytorch",
@@ -633,10 +630,37 @@ def test_every_kind_has_a_message_of_its_own(tmp_path: Path) -> None:
     assert [says for says in known if f"FILE is {says}." not in said] == []
 
 
-def test_a_network_of_a_family_is_of_no_other_kind() -> None:
-    state = tiny_network(classes=3).state_dict()
-    foreign.check_names(state, "ckpt.pt")
-    foreign.check_names({f"model.{k}": v for k, v in state.items()}, "ckpt.pt")
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "openai/improved_cosine4000",
+        "openai/guided_small_cond",
+        "lucidrains/v2_default",
+        "lucidrains/v1_5_4",
+        "diffusers/tutorial_small",
+        "policy/columbia_lowdim",
+        "policy/lerobot_new",
+    ],
+)
+def test_a_network_of_a_family_is_of_no_other_kind(tmp_path: Path, variant: str) -> None:
+    make_variant(variant, tmp_path)
+    files = [f for f in tmp_path.rglob("*") if f.suffix in {".pt", ".bin", ".safetensors", ".ckpt"}]
+    assert files
+    for file in files:
+        opened = open_checkpoint(file)
+        foreign.check_names(opened.state, str(file))
+        foreign.check_names(opened.whole or {}, str(file), around=True)
+
+
+def test_what_stands_beside_a_network_does_not_make_it_another(tmp_path: Path) -> None:
+    state = {f"model.{k}": v for k, v in tiny_network(channels=3).state_dict().items()}
+    beside = {
+        "fid.inception.Mixed_5b.branch1x1.conv.weight": torch.zeros(2, 2),
+        "lpips.lin0.model.1.weight": torch.zeros(2),
+        "clip.visual.conv1.weight": torch.zeros(2, 2),
+    }
+    torch.save({"state_dict": {**state, **beside}, "epoch": 1}, tmp_path / "last.ckpt")
+    assert load_network(tmp_path / "last.ckpt").spec.family == "dome272"
 
 
 def test_a_configuration_that_is_damaged_is_no_class(tmp_path: Path) -> None:

@@ -559,3 +559,16 @@ def check_step(
     tolerance = 2e-4 if row.t < 10 else 1e-5
     assert np.abs(step.x - wanted).max() <= tolerance * max(1.0, float(np.abs(wanted).max()))
     return step.x0
+
+
+def test_an_average_of_another_form_is_not_passed_over(tmp_path: Path) -> None:
+    golden.make_variant("lucidrains/v2_default", tmp_path)
+    content = torch.load(tmp_path / "model-1.pt", weights_only=True)
+    shadow = {k: v + 1 for k, v in content["model"].items() if k.startswith("model.")}
+    file = {"step": 1, "model": content["model"], "ema": {"decay": 0.9, "shadow": shadow}}
+    torch.save(file, tmp_path / "other.pt")
+    loaded = load_network(tmp_path / "other.pt", image_size=16)
+    assert loaded.spec.weights == "ema"
+    name = "final_conv.bias"
+    wanted = shadow["model." + name]
+    assert torch.equal(loaded.network.state_dict()[name], wanted)
