@@ -96,7 +96,7 @@ def unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
 
 
 def config_beside(path: Path) -> tuple[Mapping[str, Any], tuple[Path, ...]]:
-    """Returns the network's config and its scheduler's beside a file, {} for none, and the files."""
+    """Returns the network's config and its scheduler's beside a file, and what was read for it."""
     config = _peek(path.parent / CONFIG)
     return _configs(_model(path.parent, config)) if config else ({}, ())
 

@@ -304,10 +304,17 @@ def _made(factory: Callable[..., Any], model: str, arguments: Mapping[str, Any])
 def _load(network: nn.Module, opened: Opened, model: str) -> None:
     with _users_code(f"The network of {model} does not give its state_dict()", _OWN_HINT):
         wanted: dict[str, Tensor] = dict(network.state_dict())
-    state = fitted(opened.state, wanted)
-    if state.keys() != wanted.keys() and (whole := fitted(opened.whole, wanted)):
-        # What was taken for a wrapping is the network's own.
-        state = whole if whole.keys() == wanted.keys() else state
+    try:
+        state = fitted(opened.state, wanted)
+        # What was taken for a wrapping may be the network's own; never the other weights.
+        alone = len(opened.choices) == 1 and state.keys() != wanted.keys()
+        if alone and (whole := fitted(opened.whole, wanted)).keys() == wanted.keys():
+            state = whole
+    except ValueError as error:
+        raise CheckpointError(
+            f"{opened.path} holds several networks that fit: {error}.",
+            hint="Save the one that is meant alone: torch.save(model.NAME.state_dict(), 'ckpt.pt')",
+        ) from error
     problems = list(_differences(state, wanted))
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
@@ -328,17 +335,24 @@ def fitted(state: State, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns a state dict under the names that a network has, as far as a prefix explains them.
 
     A file may hold the network as a part of something larger (`model.` beside a loss), and a
-    network's own names may begin with what looks like a wrapper's prefix.
+    network's own names may begin with what looks like a wrapper's prefix. What else stands under
+    the prefix comes along, and fits nowhere.
+
+    Raises:
+        ValueError: Several prefixes do; names them.
     """
     if not wanted or state.keys() == wanted.keys():
         return dict(state)
     longest = max(wanted, key=len)
+    ending = [name.removesuffix(longest) for name in state if name.endswith(f".{longest}")]
+    prefixes = [prefix for prefix in ending if all(prefix + key in state for key in wanted)]
+    if len(prefixes) > 1:
+        raise ValueError(", ".join(prefix.rstrip(".") for prefix in prefixes))
+    if prefixes:
+        found = [key for key in state if key.startswith(prefixes[0])]
+        return {key.removeprefix(prefixes[0]): state[key] for key in found}
     for name in state:
-        if name.endswith(f".{longest}"):
-            prefix = name.removesuffix(longest)
-            if all(prefix + key in state for key in wanted):
-                return {key: state[prefix + key] for key in wanted}
-        elif longest.endswith(f".{name}"):
+        if longest.endswith(f".{name}"):
             prefix = longest.removesuffix(name)
             if {prefix + key for key in state} == wanted.keys():
                 return {prefix + key: value for key, value in state.items()}
@@ -355,6 +369,8 @@ def _differences(state: State, wanted: Mapping[str, Tensor]) -> Iterator[str]:
         elif value.shape != wanted[name].shape:
             shape = tuple(wanted[name].shape)
             yield f"{name} is {tuple(value.shape)} in the file and {shape} in the network"
+        elif wanted[name].is_floating_point() and not value.is_floating_point():
+            yield f"{name} is {value.dtype} in the file and {wanted[name].dtype} in the network"
 
 
 @contextmanager

@@ -313,6 +313,37 @@ def test_weights_that_do_not_fit_are_named() -> None:
     assert "the file has more (2,) besides" in str(refused("make"))
     torch.save({**state, "out.bias": torch.full((1,), float("nan"))}, "ckpt.pt")
     assert "numbers that are not finite: 1 of 1 in out.bias" in str(refused("make"))
+    torch.save({k: (100 * v).to(torch.uint8) for k, v in state.items()}, "ckpt.pt")
+    assert "is torch.uint8 in the file and torch.float32 in the network" in str(refused("make"))
+
+
+def test_of_two_networks_of_one_shape_none_is_guessed() -> None:
+    state = mynets.Net().state_dict()
+    both = {f"{part}.{k}": v for part in ("gen", "disc") for k, v in state.items()}
+    torch.save(both, "ckpt.pt")
+    error = refused("make")
+    assert str(error) == "ckpt.pt holds several networks that fit: gen, disc."
+    assert "torch.save(model.NAME.state_dict(), 'ckpt.pt')" in error.hint
+
+
+def test_what_stands_under_a_prefix_must_fit_too() -> None:
+    state = {f"net.{k}": v for k, v in mynets.Net().state_dict().items()}
+    torch.save(
+        {**state, "net.head.weight": torch.zeros(2), "loss.weight": torch.ones(2)}, "ckpt.pt"
+    )
+    assert "the file has head.weight (2,) besides" in str(refused("make"))
+
+
+def test_online_weights_never_stand_for_averages_that_do_not_fit() -> None:
+    state = mynets.Net().state_dict()
+    averages = {k: v + 1 for k, v in state.items() if not k.endswith("bias")}
+    content = {"model": state, "ema": averages}
+    torch.save(content, "ckpt.pt")
+    assert "The ema weights of ckpt.pt do not fit the network" in str(refused("make"))
+    lightning = {f"model.{k}": v for k, v in state.items()}
+    lightning |= {f"model_ema.{k}": v for k, v in averages.items()}
+    torch.save({"state_dict": lightning}, "ckpt.pt")
+    assert "The ema weights of ckpt.pt do not fit the network" in str(refused("make"))
 
 
 @pytest.mark.parametrize(
