@@ -60,7 +60,7 @@ def _unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
     if not found:
         raise CheckpointError(
             f"{path} is a workspace of diffusion_policy without a model; it has "
-            f"{', '.join(map(str, states)) or 'nothing'}.",
+            f"{', '.join(map(str, states))[:200] or 'nothing'}.",
             hint="Take a checkpoint that training wrote: checkpoints/latest.ckpt",
         )
     taken = choose_weights(found, path, weights)

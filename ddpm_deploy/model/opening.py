@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import _codecs
-import argparse
 import json
 import pickletools
 import re
 import warnings
 import zipfile
 from collections import deque
-from importlib import import_module
-from pathlib import Path, PosixPath, PurePosixPath, WindowsPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ddpm_deploy.errors import CheckpointError, MissingDependencyError
@@ -26,34 +22,19 @@ from ddpm_deploy.model.foreign_files import (
     is_safetensors,
     is_zip,
 )
-from ddpm_deploy.model.inert import read_workspace
+from ddpm_deploy.model.inert import read_beside, read_workspace
 
 _FOLDER = 0x10
 """The attribute by which the zip library in torch takes a record for a folder."""
-
-_multiarray: Any = import_module(f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.multiarray")
-_PLAIN: list[Any] = [
-    (argparse.Namespace, "argparse.Namespace"),
-    *((kind, f"pathlib.{kind.__name__}") for kind in (PosixPath, WindowsPath, PurePosixPath)),
-    *(
-        (getattr(_multiarray, name), f"numpy.{core}.multiarray.{name}")
-        for core in ("core", "_core")
-        for name in ("scalar", "_reconstruct")
-    ),
-    (np.dtype, "numpy.dtype"),
-    (np.ndarray, "numpy.ndarray"),
-    *(kind for name in np.dtypes.__all__ if isinstance(kind := getattr(np.dtypes, name), type)),
-    (_codecs.encode, "_codecs.encode"),
-]
-"""What torch's restricted reader may make besides its own: numbers and settings, no code."""
 
 
 def read_content(path: Path) -> Any:
     """Reads a checkpoint file's content without running any code that is in it.
 
     Returns:
-        What the file holds; of a policy's workspace, which is a pickle that runs code, what
-        `inert.read_workspace` makes of it.
+        What the file holds. Of pickles that import more than torch's reader allows: of a policy's
+        workspace what `inert.read_workspace` makes of it, and of weights with NumPy's numbers
+        beside them what `inert.read_beside` does.
 
     Raises:
         CheckpointError: The file is missing, damaged, or needs code to be read.
@@ -79,7 +60,7 @@ def read_content(path: Path) -> Any:
         return _open_safetensors(path)
     _check_archive(path)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks about the pickle's version
             if path.suffix != ".safetensors":
                 return torch.load(path, map_location="cpu", weights_only=True)
@@ -89,16 +70,25 @@ def read_content(path: Path) -> Any:
         if asked := _global_in(str(error)) or _global_of(path):
             if (workspace := read_workspace(path)) is not None:
                 return workspace
+            if (content := _beside(path)) is not None:
+                return content
             saver, hint = pickle_of(asked)
             raise CheckpointError(
-                f"{path} is a pickle that runs code when it is read: it asks for {asked}.{saver} "
-                "ddpm-deploy reads tensors only, since such a file can do anything to this "
-                "machine.",
+                f"{path} is a pickle that runs code when it is read: it asks for "
+                f"{asked[:200]}.{saver} ddpm-deploy reads tensors only, since such a file can do "
+                "anything to this machine.",
                 hint=hint
                 or "Where the file was made, save the weights alone: "
                 "torch.save(model.state_dict(), 'ckpt.pt')",
             ) from error
         raise damaged(path, _reason(path, error)) from error
+
+
+def _beside(path: Path) -> Any:
+    try:
+        return read_beside(path)
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
 
 
 def _open_safetensors(path: Path) -> Any:

@@ -245,14 +245,19 @@ def test_weights_in_parts_are_read_together(pipeline: Path, network: UNet2D, suf
         load_network(pipeline)
 
 
-def test_an_index_reads_nothing_outside_its_folder(pipeline: Path) -> None:
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_index_reads_nothing_outside_its_folder(pipeline: Path, suffix: str) -> None:
     folder = pipeline / "unet"
-    (folder / f"{WEIGHTS}.safetensors").rename(pipeline / "elsewhere.safetensors")
-    write_json(
-        folder / f"{WEIGHTS}.safetensors.index.json",
-        {"weight_map": {"conv_in.weight": "../elsewhere.safetensors"}},
-    )
-    with pytest.raises(CheckpointError, match="lacks elsewhere"):
+    elsewhere = pipeline / f"elsewhere.{suffix}"
+    (folder / f"{WEIGHTS}.safetensors").rename(elsewhere)
+    for place in (f"../elsewhere.{suffix}", str(elsewhere.absolute())):
+        write_json(
+            folder / f"{WEIGHTS}.{suffix}.index.json", {"weight_map": {"conv_in.weight": place}}
+        )
+        with pytest.raises(CheckpointError, match="lacks elsewhere"):
+            load_network(pipeline)
+    write_json(folder / f"{WEIGHTS}.{suffix}.index.json", {"weight_map": {"conv_in.weight": ".."}})
+    with pytest.raises(CheckpointError, match="lacks "):
         load_network(pipeline)
 
 

@@ -7,6 +7,7 @@ import pickle
 import pickletools
 import random
 import struct
+import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
@@ -15,10 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from ddpm_deploy.errors import CheckpointError, DDPMDeployError
 from ddpm_deploy.model import load_network
@@ -144,7 +147,94 @@ def hostile(flag: Path) -> dict[str, bytes]:
     }  # fmt: skip
 
 
+def far_object() -> bytes:
+    """A NumPy array of one number of 8 bytes, in which an object lies a gigabyte away."""
+
+    def dtype(name: str) -> bytes:
+        return g("numpy dtype") + text(name) + b"\x89\x88\x87R"
+
+    field = b"}" + text("a") + dtype("O8") + b"J" + struct.pack("<i", 2**30) + b"\x86s"
+    layout = b"(K\x03" + text("|") + b"N" + text("a") + b"\x85" + field + b"K\x08K\x01K\x3ftb"
+    made = g("numpy.core.multiarray _reconstruct") + g("numpy ndarray") + b"K\x00\x85"
+    return made + text("b") + b"\x87R(K\x01K\x01\x85" + dtype("V8") + layout + b"\x89]Natb"
+
+
 NAMES = list(hostile(Path("flag")))
+
+
+def outcomes(paths: list[Path], *, mebibytes: int = 384, seconds: int = 120) -> list[str]:
+    """Opens files in a process of their own with little memory; returns what came of each."""
+    script = """
+import resource, sys
+from pathlib import Path
+from ddpm_deploy.errors import CheckpointError
+from ddpm_deploy.model import load_network
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (int(sys.argv[1]) << 20),) * 2)
+for path in sys.argv[2:]:
+    try:
+        load_network(path)
+    except CheckpointError as error:
+        print(" ".join(str(error).split()), flush=True)
+    except MemoryError:
+        print("out of memory", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(mebibytes), *map(str, paths)],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory it has from /proc")
+def test_a_layout_of_memory_in_a_file_is_never_numpy_s(tmp_path: Path) -> None:
+    evil = far_object()
+    paths = [
+        archive(tmp_path / "alone.pt", b"\x80\x02" + evil + b"."),
+        archive(tmp_path / "beside.pt", b"\x80\x02}" + text("loss") + evil + b"s."),
+        tmp_path / "old.pt",  # as torch wrote before 1.6
+    ]
+    paths[2].write_bytes(b"\x80\x02" + evil + b".")
+    alone, beside, old = outcomes(paths)
+    assert "it asks for numpy.core.multiarray._reconstruct" in alone
+    assert "holds no tensors" in beside
+    assert "it asks for numpy" in old or "is damaged" in old
+
+
+def test_numbers_of_numpy_s_stay_names_beside_weights(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    saved = {
+        "model": {"a": shared[:4].reshape(2, 2).T, "b": nn.Parameter(shared), "c": shared},
+        "losses": [np.float64(0.5), np.float32(0.25)],
+        "history": np.arange(3.0),
+        "nested": [{"half": torch.ones(2).half()}],
+        "epoch": 3,
+    }
+    torch.save(saved, tmp_path / "x.pt")
+    with nothing_happens():
+        content = read_content(tmp_path / "x.pt")
+    for name, tensor_ in saved["model"].items():  # type: ignore[attr-defined]
+        assert torch.equal(content["model"][name], tensor_.detach())
+    assert content["nested"][0]["half"].dtype == torch.float16
+    assert content["epoch"] == 3
+    numbers = [*content["losses"], content["history"]]
+    assert all(isinstance(number, Inert) for number in numbers)
+    # What asks for more is refused as before.
+    torch.save({**saved, "extra": Call(os.getcwd)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="is a pickle that runs code"):
+        read_content(tmp_path / "x.pt")
+
+
+def test_a_damaged_tensor_beside_numpy_s_numbers_is_named_as_such(tmp_path: Path) -> None:
+    body = text("w") + tensor(size=(7,), stride=(1,)) + b"s" + text("n") + g("numpy dtype") + b"s"
+    path = archive(tmp_path / "x.pt", b"\x80\x02}" + body + b".", {"0": bytes(24)})
+    with pytest.raises(CheckpointError, match="its shape goes beyond its 6 numbers"):
+        read_content(path)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -300,8 +390,55 @@ def test_a_pickle_without_end_or_bottom_is_refused_at_once(tmp_path: Path, pickl
 
 
 def test_a_pickle_longer_than_any_policy_s_is_not_read(tmp_path: Path) -> None:
-    body = b"\x80\x02" + b"N0" * 2**23 + b"}."
-    assert read_workspace(archive(tmp_path / "x.ckpt", body)) is None
+    for body in (b"X" + struct.pack("<I", 2**22) + b"a" * 2**22, b"N0" * 2**19):
+        path = archive(tmp_path / "x.ckpt", b"\x80\x02" + body + config_of(b"}")[2:])
+        assert read_workspace(path) is None
+    longest = b"\x80\x02" + b"N0" * (2**19 - 100) + config_of(b"}")[2:]
+    assert read_workspace(archive(tmp_path / "x.ckpt", longest)) is not None
+
+
+def long(value: int) -> bytes:
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8b" + struct.pack("<i", len(data)) + data
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory it has from /proc")
+def test_bombs_cost_little_time_and_memory(tmp_path: Path) -> None:
+    begin = text("n") + g("numpy dtype") + b"s"  # or torch's own reader would read it
+    huge = long(2**4_000_000)
+    sides = b"(" + huge + b"q\x01" + b"h\x01" * 500_000 + b"tq\x02"
+    stored = b"(" + text("storage") + g("torch FloatStorage") + text("0") + text("cpu") + b"K\x06tQ"
+    call = g("torch._utils _rebuild_tensor_v2")
+    same = b"".join(long(k * (2**61 - 1)) + b"N" for k in range(250_000))  # of one hash
+    many = b"".join(text(f"{k:05}") + b"h\x05" for k in range(90_000))
+    one = b"}(" + b"".join(text(f"{k:05}") + b"N" for k in range(100_000)) + b"uq\x05"
+    bombs = {
+        "dicts": b"\x80\x02}" + begin + b"}" * 2**24,
+        "short dicts": b"\x80\x02}" + begin + b"}" * (2**22 - 100),
+        "calls": b"\x80\x02}" + begin + b"NQ" + b"Q" * (2**22 - 200),
+        "names": b"\x80\x02}" + begin + b"c\n\n" * 2**20,
+        "marks": b"\x80\x02}" + begin + b"(" * (2**22 - 100),
+        "sides": b"\x80\x02}" + begin + text("w") + call + b"(" + stored + b"K\0" + sides
+        + b"h\x02\x89}tRs.",
+        "a side": b"\x80\x02}" + begin + text("w") + call + b"(" + stored + b"K\0"
+        + b"(" + huge + b"q\x01" + b"h\x01" * 7 + b"tq\x02" + b"h\x02\x89}tRs.",
+        "an offset": b"\x80\x02}" + begin + text("w") + call + b"(" + stored + huge
+        + b"))\x89}tRs.",
+        "one hash": b"\x80\x02}" + begin + text("d") + b"}(" + same + b"us.",
+        "shared states": b"\x80\x02}" + begin + text("cfg") + b"}s" + text("state_dicts") + one
+        + b"0}(" + many + b"us.",
+        "long names": b"\x80\x02}" + begin + text("cfg") + b"}(" + b"B"
+        + struct.pack("<I", 2**20) + bytes(2**20) + b"q\x06NuNs.",
+        "joined names": b"\x80\x02" + text("a" * 2**20) + b"q\x01" + b"h\x01h\x01\x93" * 2**18,
+    }  # fmt: skip
+    paths = [archive(tmp_path / f"{name}.pt", body) for name, body in bombs.items()]
+    said = outcomes(paths)
+    assert len(said) == len(bombs)
+    for name, message in zip(bombs, said, strict=True):
+        assert "out of memory" not in message, name
+        wanted = ("is a pickle that runs code", "is damaged", "is a workspace of diffusion_policy")
+        assert any(part in message for part in wanted), (name, message)
+        assert len(message) < 1000
 
 
 def tensor(

@@ -7,8 +7,10 @@ import json
 import os
 import pickle
 import random
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,16 @@ def _tree(data: Any) -> None:
             "the expression Symbol('s0', a=exec(",
         ),
         (_expression("open('ran', 'w')"), "the expression open("),
+        (_expression("\uff45\uff58\uff49\uff54()"), "the expression \uff45"),  # Python reads exit
+        (_expression("9**9**9**9"), "the expression 9**9**9**9"),
+        (_expression("9* *9"), "the expression 9* *9"),
+        (_expression("Symbol('s0')**99999"), "the expression Symbol('s0')**99999"),
+        (_expression("9<<9999999999"), "the expression 9<<9999999999"),
+        (_expression("9>>Integer(9)"), "the expression 9>>Integer(9)"),
+        (_expression("Pow(Integer(9), Integer(999))"), "the expression Pow("),
+        (_expression("Integer(99999999999)"), "the expression Integer(99999999999)"),
+        (_expression("1+" * 500 + "1"), "an expression of 1001 letters"),
+        (_operator("_operator.pow"), "a call of _operator.pow"),
         (edit(MODEL, _tree), "an argument of the type collections.defaultdict"),
         (
             lambda r: r.update({"data/aotinductor/model/x.so": b"\x7fELF"}),
@@ -237,8 +249,37 @@ def test_what_would_be_run_is_refused_and_does_not_run(
 ) -> None:
     write_program()
     rewrite(change)
+    begun = time.process_time()
     assert message in str(refused())
+    assert time.process_time() - begun < 10
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "*".join(["9999999999"] * 90),
+        "Integer(9999999999)*(" * 45 + "1" + ")" * 45,
+        "(" * 499 + "1" + ")" * 499,
+        "Max(" + ", ".join(f"Symbol('s{k}')" for k in range(60)) + ")",
+        "Mod(" * 120 + "Symbol('s0')" + ", 7)" * 120,
+        "FloorDiv(" * 60 + "Symbol('s0')" + ", 7)" * 60,
+        "*".join(f"(s{k}+1)" for k in range(120)),
+        "*".join(f"(s{k}+1)" for k in range(8)),
+        "*".join(f"(s{k}+s{k + 1}+1)" for k in range(0, 10, 2)),
+        "*".join(f"Mod(s{k}+1, s{k + 1})" for k in range(0, 10, 2)),
+        "FloorDiv(" * 8 + "Symbol('s0')" + ", s1+1)" * 4 + ", s2)" * 4,
+        "Max(" + ", ".join(f"Min(s{k}, s{k + 8})" for k in range(8)) + ")",
+    ],
+)
+def test_the_longest_expression_takes_little_time(text: str) -> None:
+    write_program()
+    rewrite(_expression(text))
+    assert len(text) <= 1000
+    begun = time.process_time()
+    with suppress(CheckpointError):
+        load_network("program.pt2", spec=spec_of())
+    assert time.process_time() - begun < 20
 
 
 def test_the_guards_of_a_program_are_not_compiled(tmp_path: Path) -> None:
