@@ -177,7 +177,9 @@ def _normalised(facts: Facts, used: list[_Feature], statistics: _Statistics) -> 
     """Tells whether the graph normalises, having said how."""
     modes = {f.name: statistics.mode(f) for f in used}
     described = ", ".join(f"{name} {mode}" for name, mode in modes.items() if mode != "IDENTITY")
-    if missing := [f.name for f in used if modes[f.name] != "IDENTITY" and not statistics.of(f)]:
+    missing = [f.name for f in used if modes[f.name] != "IDENTITY" and not statistics.of(f)]
+    allowed = {"none"} if missing else {"none", described}
+    if missing:
         said = facts.need(
             "normalization",
             str,
@@ -187,10 +189,13 @@ def _normalised(facts: Facts, used: list[_Feature], statistics: _Statistics) -> 
             "observations and actions: --set normalization=none",
         )
     elif not described:
+        facts.remark(
+            "normalization", "none that a file tells of: numbers stay as trained", "assumed"
+        )
         return False
     else:
         said = facts.found("normalization", described, "config")
-    if said not in {"none", described}:
+    if said not in allowed:
         raise CheckpointError(
             f"normalization is {said!r}; it is {described!r} by the files, or none.",
             hint="Leave it out, or type --set normalization=none",
