@@ -88,7 +88,7 @@ def test_a_checkpoint_of_another_kind_cannot_be_compared(exported: Path, classes
     write_state_dict(Path("bare.pt"), channels=1, classes=classes)
     message = refusal(verify("-e", exported / "unet.onnx", "--against", "bare.pt"))
     assert message.startswith("bare.pt is a network of 1 channels and ")
-    assert message.endswith("; the engine beside it has 1 channels and 3 labels.")
+    assert message.endswith("; the engine beside it has 1 channels and 3 labels of test.")
 
 
 def test_the_same_model_passes_with_a_table_and_a_verdict() -> None:
