@@ -90,12 +90,11 @@ class Recipe:
 
         Guidance would come before it, and it does not look back at the step before.
         """
-        return (
-            engine.fused
-            and self.guidance == 1
-            and engine.spec.self_condition is None
-            and not any(row.x_from_before for row in self.table(engine.spec))
-        )
+        return engine.fused and self.guidance == 1 and not self.looks_back(engine.spec)
+
+    def looks_back(self, spec: ModelSpec) -> bool:
+        """Tells whether a step of the loop needs the x_0 of the step before."""
+        return spec.self_condition is not None or any(row.x_from_before for row in self.table(spec))
 
     def conditions(self, engine: Engine, images: Sequence[int]) -> dict[str, Array]:
         """Returns an engine's conditions for some images: labels and observations.
@@ -248,6 +247,7 @@ class Drawing:
     def __init__(self, engine: Engine, recipe: Recipe) -> None:
         self._engine, self._recipe = engine, recipe
         self._table = recipe.table(engine.spec)
+        self._fused = recipe.fused(engine)
         self._stepper: Stepper | None = None
         self._size = 0
         self._x: Samples | None = None
@@ -270,7 +270,7 @@ class Drawing:
                 known after the last.
         """
         noise = SeededNoise(self._recipe.seed, images, self._engine.spec.sample_shape)
-        if self._recipe.fused(self._engine):
+        if self._fused:
             yield from self._fused_steps(images, noise, x0_at)
             return
         predict = self._recipe.predictor(self._engine, images)

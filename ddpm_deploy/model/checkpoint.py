@@ -240,9 +240,9 @@ def _read(family: Family, opened: Opened, facts: Facts) -> Reading:
 def _load(family: Family, reading: Reading, opened: Opened) -> nn.Module:
     """Loads the weights strictly, once they are known to be finite numbers."""
     state = opened.state if reading.state is None else reading.state
+    # Floats first: float64's largest are beyond float32. Whole numbers are refused as they are.
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     check_numbers(state, opened.path)
-    state = {name: tensor.float() for name, tensor in state.items()}
-    check_numbers(state, opened.path)  # float64's largest are beyond float32
     network = reading.network
     try:
         network.load_state_dict(state, strict=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.facts import Facts
-from ddpm_deploy.model.family import Family, Opened, Reading, State, Weights
+from ddpm_deploy.model.family import Family, Opened, Reading, State, Weights, count_parts
 from ddpm_deploy.model.unet2d import Block, UNet2D, UNet2DSettings
 from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes
 from ddpm_deploy.sampling import Sampling, Variance
@@ -79,7 +79,7 @@ def _unwrap(content: Any, path: Path, weights: Weights | None) -> Opened | None:
 def _read(opened: Opened, facts: Facts) -> Reading:
     # logvar is of a variant of the training that nothing uses when it samples.
     state = {name: tensor for name, tensor in opened.state.items() if name != "logvar"}
-    levels = _count(state, "down.{}.block.0.conv1.weight")
+    levels = count_parts(state, "down.{}.block.0.conv1.weight")
     widths = tuple(int(state[f"down.{i}.block.0.conv1.weight"].shape[0]) for i in range(levels))
     first = int(state["conv_in.weight"].shape[0])
     if levels > 1 and "down.0.downsample.conv.weight" not in state:
@@ -97,7 +97,7 @@ def _read(opened: Opened, facts: Facts) -> Reading:
         )
     facts.found("ch", first)
     facts.found("widths", widths)
-    layers = facts.found("num_res_blocks", _count(state, "down.0.block.{}.conv1.weight"))
+    layers = facts.found("num_res_blocks", count_parts(state, "down.0.block.{}.conv1.weight"))
     facts.found("attention_levels", ",".join(str(i) for i in range(levels) if attention[i]))
     groups = facts.ask("norm_num_groups", 32)
     settings = UNet2DSettings(
@@ -171,13 +171,6 @@ def _flat(name: str, tensor: Tensor) -> Tensor:
     """Makes a matrix of the 1x1 convolutions that attention projects with."""
     projects = re.search(r"attn\w*\.(\d+\.)?(q|k|v|proj_out)\.weight$", name)
     return tensor.flatten(1) if projects and tensor.shape[2:] == (1, 1) else tensor
-
-
-def _count(state: State, pattern: str) -> int:
-    number = 0
-    while pattern.format(number) in state:
-        number += 1
-    return number
 
 
 DDIM = Family(

@@ -13,7 +13,7 @@ from ddpm_deploy.errors import CheckpointError
 from ddpm_deploy.model.diffusers_folder import CONFIG, config_beside, open_folder, unwrap
 from ddpm_deploy.model.diffusers_scheduler import read_scheduler, setting
 from ddpm_deploy.model.facts import Facts
-from ddpm_deploy.model.family import Family, Opened, Reading, State, label_condition
+from ddpm_deploy.model.family import Family, Opened, Reading, State, count_parts, label_condition
 from ddpm_deploy.model.unet2d import (
     ACTIVATIONS,
     Block,
@@ -130,11 +130,11 @@ def _settings(
     config: Mapping[str, Any], state: State, facts: Facts, opened: Opened
 ) -> UNet2DSettings:
     """Reads what the weights show off them, and the rest off the config."""
-    levels = _count(state, "down_blocks.{}.resnets.0.conv1.weight")
+    levels = count_parts(state, "down_blocks.{}.resnets.0.conv1.weight")
     widths = tuple(
         int(state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0]) for i in range(levels)
     )
-    layers = _count(state, "down_blocks.0.resnets.{}.conv1.weight")
+    layers = count_parts(state, "down_blocks.0.resnets.{}.conv1.weight")
     labels = state.get("class_embedding.weight")
     # A level that does not go on has no resampler, and so its kind means nothing.
     down = tuple(_block(state, f"down_blocks.{i}", "downsamplers") for i in range(levels))
@@ -268,13 +268,6 @@ def _type(block: Block, types: tuple[str, str, str]) -> str:
     if block.attention:
         return attention
     return resnet if block.resample == "resnet" else plain
-
-
-def _count(state: State, pattern: str) -> int:
-    number = 0
-    while pattern.format(number) in state:
-        number += 1
-    return number
 
 
 DIFFUSERS = Family(

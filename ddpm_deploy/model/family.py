@@ -98,6 +98,14 @@ class Family:
         return not self.missing(state) and not self.unwanted(state)
 
 
+def count_parts(state: State, pattern: str) -> int:
+    """Returns how many parts there are, from 0 on, by a name of theirs with `{}` for the number."""
+    number = 0
+    while pattern.format(number) in state:
+        number += 1
+    return number
+
+
 def label_condition(
     classes: int, names: Sequence[str] = (), *, null: int | None = -1, name: str = "y"
 ) -> Condition:

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ddpm_deploy.model.family import Opened, State, Weights
-from ddpm_deploy.model.wrapping import choose_weights, strip_prefixes
+from ddpm_deploy.model.wrapping import choose_weights, has_tensors, strip_prefixes
 
 BUFFERS = frozenset(
     {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod"}
@@ -99,9 +98,9 @@ def _parts(content: Any, path: Path) -> list[tuple[Weights, Mapping[str, Any]]]:
     """Returns what in a file may be a network, the better first."""
     if not isinstance(content, Mapping):
         return []
-    online = [content[key] for key in _ONLINE if _holds_tensors(content.get(key))]
-    ema = [content[key] for key in _EMA if _holds_tensors(content.get(key))]
-    if not online and not ema and _holds_tensors(content):
+    online = [content[key] for key in _ONLINE if has_tensors(content.get(key))]
+    ema = [content[key] for key in _EMA if has_tensors(content.get(key))]
+    if not online and not ema and has_tensors(content):
         if any(str(key).startswith("ema_model.") for key in content):
             ema = [content]
         else:
@@ -119,19 +118,13 @@ def _has_nested_ema(content: Any) -> bool:
     """Tells an average of another form, `{decay, shadow: {...}}`, which is not ema-pytorch's."""
     averages = [content.get(key) for key in _EMA] if isinstance(content, Mapping) else []
     return any(
-        isinstance(average, Mapping) and any(map(_holds_tensors, average.values()))
+        isinstance(average, Mapping) and any(map(has_tensors, average.values()))
         for average in averages
     )
 
 
 def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
-
-
-def _holds_tensors(part: Any) -> bool:
-    return isinstance(part, Mapping) and any(
-        isinstance(key, str) and torch.is_tensor(value) for key, value in part.items()
-    )
 
 
 def _is_trainer(content: Any) -> bool:

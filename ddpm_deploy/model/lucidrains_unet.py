@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (torch's own convention)
 
+from ddpm_deploy.model.unet import as_tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
@@ -142,7 +144,7 @@ class LucidrainsUnet(nn.Module):
         for up in self.ups:
             x = up(x, skips.pop(), skips.pop(), time)
         x = self.final_res_block(torch.cat([x, first], dim=1), time)
-        return _tensor(self.final_conv(x))
+        return as_tensor(self.final_conv(x))
 
 
 class _Sinusoid(nn.Module):
@@ -193,7 +195,7 @@ class _Up(nn.ModuleList):
         block1, block2, attention, resample = self
         x = block1(torch.cat([x, skip1], dim=1), time)
         x = block2(torch.cat([x, skip2], dim=1), time)
-        return _tensor(resample(attention(x)))
+        return as_tensor(resample(attention(x)))
 
 
 class _Block(nn.Module):
@@ -209,7 +211,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.mlp(time).unflatten(1, (-1, *(1,) * (x.ndim - 2))).chunk(2, dim=1)
         h = F.silu(self.block1(x) * (scale + 1) + shift)
-        return F.silu(self.block2(h)) + _tensor(self.res_conv(x))
+        return F.silu(self.block2(h)) + as_tensor(self.res_conv(x))
 
 
 class _Normed(nn.Module):
@@ -219,7 +221,7 @@ class _Normed(nn.Module):
         self.norm = nn.GroupNorm(shape.groups, out) if shape.groups else _RMSNorm(shape, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _tensor(self.norm(self.proj(x)))
+        return as_tensor(self.norm(self.proj(x)))
 
 
 class _RMSNorm(nn.Module):
@@ -229,7 +231,7 @@ class _RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)
-        return _tensor(x / length * (self.g * math.sqrt(x.shape[1])))
+        return as_tensor(x / length * (self.g * math.sqrt(x.shape[1])))
 
 
 class _LayerNorm(nn.Module):
@@ -269,7 +271,7 @@ class _Attention(nn.Module):
             for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
         )
         h = self._full(q, k, v) if self.attention.full else self._linear(q, k, v)
-        return x + _tensor(self.to_out(h.reshape(x.shape[0], -1, *x.shape[2:])))
+        return x + as_tensor(self.to_out(h.reshape(x.shape[0], -1, *x.shape[2:])))
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = None
@@ -293,8 +295,3 @@ class _Attention(nn.Module):
             return k, v
         keys, values = (part.expand(k.shape[0], -1, -1, -1) for part in self.mem_kv)
         return torch.cat([keys, k], dim=dim), torch.cat([values, v], dim=dim)
-
-
-def _tensor(value: Tensor) -> Tensor:
-    """Tells the type checker what calling a module gives."""
-    return value

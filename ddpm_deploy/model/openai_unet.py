@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (torch's own convention)
 
+from ddpm_deploy.model.unet import as_tensor
+
 GROUPS = 32
 """Groups of every normalisation in the originals; no file says so."""
 
@@ -267,7 +269,7 @@ class OpenAIUNet(nn.Module):
         if self.steps is not None:
             at = at * (1000.0 / self.steps)
         angle = at[:, None] * self.frequency
-        emb = _tensor(self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1)))
+        emb = as_tensor(self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1)))
         if y is not None:
             rows = self.label_emb.weight
             if self.zero_label:
@@ -275,12 +277,12 @@ class OpenAIUNet(nn.Module):
             emb = emb + F.embedding(y, rows)
         h, skips = x, []
         for stage in self.input_blocks:
-            h = _tensor(stage(h, emb))
+            h = as_tensor(stage(h, emb))
             skips.append(h)
-        h = _tensor(self.middle_block(h, emb))
+        h = as_tensor(self.middle_block(h, emb))
         for stage in self.output_blocks:
-            h = _tensor(stage(torch.cat([h, skips.pop()], dim=1), emb))
-        return _tensor(self.out(h))
+            h = as_tensor(stage(torch.cat([h, skips.pop()], dim=1), emb))
+        return as_tensor(self.out(h))
 
 
 class _Stage(nn.ModuleList):
@@ -291,7 +293,7 @@ class _Stage(nn.ModuleList):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
-            x = _tensor(layer(x, emb) if isinstance(layer, _ResBlock) else layer(x))
+            x = as_tensor(layer(x, emb) if isinstance(layer, _ResBlock) else layer(x))
         return x
 
 
@@ -301,7 +303,7 @@ class _Downsample(nn.Module):
         self.op = nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _tensor(self.op(x))
+        return as_tensor(self.op(x))
 
 
 class _Upsample(nn.Module):
@@ -311,7 +313,7 @@ class _Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = _double(x)
-        return x if self.conv is None else _tensor(self.conv(x))
+        return x if self.conv is None else as_tensor(self.conv(x))
 
 
 class _ResBlock(nn.Module):
@@ -344,17 +346,17 @@ class _ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
-        h = self._resized(_tensor(activation(norm(x))))
+        h = self._resized(as_tensor(activation(norm(x))))
         x = self._resized(x)
-        h = _tensor(conv(h))
-        added = _tensor(self.emb_layers(emb))[:, :, None, None]
+        h = as_tensor(conv(h))
+        added = as_tensor(self.emb_layers(emb))[:, :, None, None]
         if self.scale_shift:
             scale, shift = added.chunk(2, dim=1)
-            h = _tensor(self.out_layers[0](h)) * (1 + scale) + shift
-            h = _tensor(self.out_layers[1:](h))
+            h = as_tensor(self.out_layers[0](h)) * (1 + scale) + shift
+            h = as_tensor(self.out_layers[1:](h))
         else:
-            h = _tensor(self.out_layers(h + added))
-        return _tensor(self.skip_connection(x)) + h
+            h = as_tensor(self.out_layers(h + added))
+        return as_tensor(self.skip_connection(x)) + h
 
     def _resized(self, x: Tensor) -> Tensor:
         if self.size == "half":
@@ -373,9 +375,9 @@ class _Attention(nn.Module):
         self.proj_out = nn.Conv1d(width, width, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._split(_tensor(self.qkv(self.norm(x.flatten(2)))))
+        q, k, v = self._split(as_tensor(self.qkv(self.norm(x.flatten(2)))))
         attended = F.scaled_dot_product_attention(q, k, v)
-        out = _tensor(self.proj_out(attended.transpose(2, 3).flatten(1, 2)))
+        out = as_tensor(self.proj_out(attended.transpose(2, 3).flatten(1, 2)))
         return x + out.reshape(x.shape)
 
     def _split(self, qkv: Tensor) -> Iterator[Tensor]:
@@ -392,8 +394,3 @@ class _Attention(nn.Module):
 
 def _double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def _tensor(value: Tensor) -> Tensor:
-    """Tells the type checker what calling a module gives."""
-    return value

@@ -162,11 +162,11 @@ class UNet(nn.Module):
         x3 = self.sa2(self.down2(x2, emb))
         h = self.sa3(self.down3(x3, emb))
         for name in self._bottom:
-            h = _tensor(getattr(self, name)(h))
+            h = as_tensor(getattr(self, name)(h))
         h = self.sa4(self.up1(h, x3, emb))
         h = self.sa5(self.up2(h, x2, emb))
         h = self.sa6(self.up3(h, x1, emb))
-        return _tensor(self.outc(h))
+        return as_tensor(self.outc(h))
 
 
 class _DoubleConv(nn.Module):
@@ -185,7 +185,7 @@ class _DoubleConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = _tensor(self.double_conv(x))
+        h = as_tensor(self.double_conv(x))
         return F.gelu(x + h) if self.residual else h
 
 
@@ -197,7 +197,7 @@ class _Embedded(nn.Module):
         self.emb_layer = nn.Sequential(nn.SiLU(), nn.Linear(time, out))
 
     def add(self, h: Tensor, emb: Tensor) -> Tensor:
-        return h + _tensor(self.emb_layer(emb))[:, :, None, None]
+        return h + as_tensor(self.emb_layer(emb))[:, :, None, None]
 
 
 class _Down(_Embedded):
@@ -242,7 +242,7 @@ class _SelfAttention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)
         attended = self.mha(self.ln(tokens)) + tokens
         out = attended + self.ff_self(attended)
-        return _tensor(out.transpose(1, 2).reshape(x.shape[0], -1, height, width))
+        return as_tensor(out.transpose(1, 2).reshape(x.shape[0], -1, height, width))
 
 
 class _Attention(nn.Module):
@@ -269,9 +269,9 @@ class _Attention(nn.Module):
             for part in projected.chunk(3, dim=-1)
         )
         attended = F.scaled_dot_product_attention(q, k, v)
-        return _tensor(self.out_proj(attended.transpose(1, 2).flatten(2)))
+        return as_tensor(self.out_proj(attended.transpose(1, 2).flatten(2)))
 
 
-def _tensor(value: Tensor) -> Tensor:
+def as_tensor(value: Tensor) -> Tensor:
     """Tells the type checker what calling a module gives."""
     return value

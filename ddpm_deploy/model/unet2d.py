@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (torch's own convention)
 
+from ddpm_deploy.model.unet import as_tensor
+
 Resample = Literal["conv", "resnet"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -171,15 +173,15 @@ class UNet2D(nn.Module):
             emb = emb + self.class_embedding(y)
         if self.settings.center:
             x = 2 * x - 1.0
-        h = _tensor(self.conv_in(x))
+        h = as_tensor(self.conv_in(x))
         skips = [h]
         for block in self.down_blocks:
             h = _level(block).go_down(h, emb, skips)
         if self.settings.middle:
-            h = _tensor(self.mid_block(h, emb))
+            h = as_tensor(self.mid_block(h, emb))
         for block in self.up_blocks:
             h = _level(block).go_up(h, emb, skips)
-        return _tensor(self.conv_out(F.silu(self.conv_norm_out(h))))
+        return as_tensor(self.conv_out(F.silu(self.conv_norm_out(h))))
 
     def _embedding(self, t: Tensor) -> Tensor:
         angle = t.to(self.frequencies.dtype)[:, None] * self.frequencies
@@ -188,7 +190,7 @@ class UNet2D(nn.Module):
         if self.conv_in.out_channels % 2:
             emb = F.pad(emb, (0, 1))
         emb = F.silu(self.time_embedding["linear_1"](emb))
-        return _tensor(self.time_embedding["linear_2"](emb))
+        return as_tensor(self.time_embedding["linear_2"](emb))
 
 
 _Direction = Literal["", "down", "up"]
@@ -241,11 +243,11 @@ class _Level(nn.Module):
         return h
 
     def _resampled(self, resampler: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
-        return _tensor(resampler(h, emb) if self.embeds else resampler(h))
+        return as_tensor(resampler(h, emb) if self.embeds else resampler(h))
 
     def _layer(self, number: int, h: Tensor, emb: Tensor) -> Tensor:
-        h = _tensor(self.resnets[number](h, emb))
-        return _tensor(self.attentions[number](h)) if self.attends else h
+        h = as_tensor(self.resnets[number](h, emb))
+        return as_tensor(self.attentions[number](h)) if self.attends else h
 
 
 class _Middle(nn.Module):
@@ -261,10 +263,10 @@ class _Middle(nn.Module):
             self.attentions = nn.ModuleList([attention])
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        h = _tensor(self.resnets[0](h, emb))
+        h = as_tensor(self.resnets[0](h, emb))
         if self.attends:
-            h = _tensor(self.attentions[0](h))
-        return _tensor(self.resnets[1](h, emb))
+            h = as_tensor(self.attentions[0](h))
+        return as_tensor(self.resnets[1](h, emb))
 
 
 class _Residual(nn.Module):
@@ -307,7 +309,7 @@ class _Residual(nn.Module):
         h = self.conv2(self.activation(h))
         if self.shortcut:
             x = self.conv_shortcut(x)
-        h = _tensor(x + h)
+        h = as_tensor(x + h)
         return h / self.scale if self.scale != 1 else h
 
 
@@ -337,7 +339,7 @@ class _Attention(nn.Module):
             for part in (self.to_q, self.to_k, self.to_v)
         )
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = _tensor(self.to_out[0](attended)).transpose(1, 2).reshape(x.shape) + x
+        out = as_tensor(self.to_out[0](attended)).transpose(1, 2).reshape(x.shape) + x
         return out / self.scale if self.scale != 1 else out
 
 
@@ -348,7 +350,7 @@ class _Down(nn.Module):
         self.conv = nn.Conv2d(width, width, kernel_size=3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _tensor(self.conv(F.pad(x, (0, 1, 0, 1)) if self.uneven else x))
+        return as_tensor(self.conv(F.pad(x, (0, 1, 0, 1)) if self.uneven else x))
 
 
 class _Up(nn.Module):
@@ -357,7 +359,7 @@ class _Up(nn.Module):
         self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _tensor(self.conv(_doubled(x)))
+        return as_tensor(self.conv(_doubled(x)))
 
 
 def _doubled(x: Tensor) -> Tensor:
@@ -367,8 +369,3 @@ def _doubled(x: Tensor) -> Tensor:
 def _level(block: nn.Module) -> _Level:
     """Tells the type checker what a list of levels holds."""
     return block  # type: ignore[return-value]
-
-
-def _tensor(value: Tensor) -> Tensor:
-    """Tells the type checker what calling a module gives."""
-    return value

@@ -127,7 +127,7 @@ def unwrap(
         return _chosen(parts, key, path)
     found = _by_words(parts, path)
     _check_lists(content, path, weights, others=bool(found))
-    own = _has_tensors(content)
+    own = has_tensors(content)
     if not found and own and (len(parts) == 1 or known(content)):
         return _split({}, content, known, default="ema" if path.name.startswith("ema") else None)
     if not found and own:
@@ -157,7 +157,7 @@ def _parts(content: Any, key: str = "", depth: int = 0) -> Iterator[Part]:
         one, here, deep = left.pop(0)
         if not isinstance(one, Mapping):
             continue
-        if _has_tensors(one):
+        if has_tensors(one):
             yield Part(here, one)
         if deep < _DEEPEST:
             left += [
@@ -287,7 +287,8 @@ def _check_lists(content: Any, path: Path, weights: Weights | None, *, others: b
             raise list_without_names(str(path), where, others=others)
 
 
-def _has_tensors(mapping: Any) -> bool:
+def has_tensors(mapping: Any) -> bool:
+    """Tells whether something is a dictionary with tensors by name."""
     return isinstance(mapping, Mapping) and any(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in mapping.items()
     )

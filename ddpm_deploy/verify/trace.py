@@ -149,7 +149,7 @@ def record(
     shape = (len(images), *spec.sample_shape)
     kept: dict[int, Step] = {}
     last = None
-    back = _looks_back(spec, recipe.table(spec))
+    back = recipe.looks_back(spec)
     for last in steps:
         if last.k in wanted:
             kept[last.k] = _copied(last, shape, back=back)
@@ -167,11 +167,6 @@ def record(
         pictures=pictures,
         source=dict(source or {}),
     )
-
-
-def _looks_back(spec: ModelSpec, table: Table) -> bool:
-    """Tells whether a loop's steps need the x_0 of the step before."""
-    return spec.self_condition is not None or any(row.x_from_before for row in table)
 
 
 def _copied(step: Step, shape: tuple[int, ...], *, back: bool) -> Step:
@@ -217,7 +212,7 @@ def write_trace(path: Path, trace: Trace) -> None:
         "outputs": np.stack([trace.steps[k].out for k in sorted(trace.steps)]),
     }
     befores = {k: s.before for k, s in trace.steps.items() if s.before is not None}
-    if befores and _looks_back(trace.spec, trace.table):
+    if befores and trace.recipe.looks_back(trace.spec):
         arrays["befores_at"] = np.array(sorted(befores), np.int64)
         arrays["befores"] = np.stack([befores[k] for k in sorted(befores)])
     if trace.pictures is not None:
@@ -316,7 +311,7 @@ def _trace(path: Path, content: bytes) -> Trace:
     if missing := sorted({at for k in outputs for at in (k - 1, k)} - states.keys()):
         raise ValueError(f"states {missing} are missing")
     befores: dict[int, Samples] = {}
-    if _looks_back(spec, table):
+    if recipe.looks_back(spec):
         if "befores" in arrays:
             befores = _numbered("befores", arrays, shape, range(2, len(table) + 1))
         if missing := sorted(outputs.keys() - {1} - befores.keys()):
