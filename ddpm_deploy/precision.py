@@ -16,7 +16,7 @@ METADATA_KEY = "ddpm_deploy.precision"
 """Key in an ONNX file's `metadata_props` under which one in mixed precision says so."""
 
 Half = Literal["fp16", "bf16"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def read_precision(text: str | None, *, source: str) -> PrecisionRecord:
     try:
         said = json.loads(text)
         precision, groups, error = said["precision"], said.get("groups", {}), said.get("error")
-        if precision not in ("fp16", "bf16"):
+        if precision not in ("fp16", "bf16", "int8"):
             raise ValueError(f"it is {precision!r}")
         if not all(isinstance(text, str) for text in groups.values()):
             raise TypeError("its groups are no texts")

@@ -71,6 +71,7 @@ ROOMS_OF = {
     "export.to_onnx": {"torch", "onnx"},
     "report": {"jinja2", "matplotlib"},
     "engines.cuda": {"cuda"},
+    "engines.openvino": {"openvino"},
     "engines.ort": {"onnxruntime"},
     "engines.pytorch": {"torch"},
     "engines.trt_worker": {"polygraphy"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.errors import EngineError, EngineInputError, MissingDependencyError
 from ddpm_deploy.files import sha256
+from ddpm_deploy.onnx_metadata import read_metadata
 from ddpm_deploy.precision import Precision
+from ddpm_deploy.runtime import METADATA_KEY, read_runtime
 from ddpm_deploy.sampling import Transition
 from ddpm_deploy.spec import ModelSpec
 
@@ -30,7 +33,7 @@ class Engine(ABC):
         name: The runtime and device, for tables: `onnxruntime CPU`.
         path: The file it came from.
         fused: Whether the sampler's step is fused behind the network, so that it has a `stepper`.
-        precision: What most of it computes in: `fp32`, `fp16` or `bf16`.
+        precision: What most of it computes in: `fp32`, `fp16`, `bf16` or `int8`.
         best_batch: The batch that it was built to be fastest at; None where it was not built so.
         on_gpu: Whether it runs on a GPU, which leaves the host's cores to draw noise.
     """
@@ -258,7 +261,8 @@ def open_engine(
     """Opens a network by its file's suffix.
 
     Args:
-        path: `.onnx` for ONNX Runtime, `.plan` for TensorRT, a checkpoint (`.pt`, `.pth`, `.ckpt`,
+        path: `.onnx` for the runtime that it was built for, a graph for ONNX Runtime or, where that
+            is not installed, OpenVINO; `.plan` for TensorRT; a checkpoint (`.pt`, `.pth`, `.ckpt`,
             a family's folder) or a program (`.pt2`) for PyTorch, the reference.
         threads: CPU threads for one call; the runtime's own choice when None.
         device: `cpu`, `cuda`, or `auto` for CUDA where the runtime has it.
@@ -277,9 +281,7 @@ def open_engine(
     check_path(path)
     match path.suffix:
         case ".onnx":
-            with needs("onnxruntime", extra="cpu"):
-                from ddpm_deploy.engines.ort import OrtEngine  # noqa: PLC0415
-            return OrtEngine(path, threads=threads, device=device)
+            return _open_onnx(path, threads=threads, device=device)
         case ".plan":
             from ddpm_deploy.engines.flavour import extra  # noqa: PLC0415
             from ddpm_deploy.engines.match import checked_record  # noqa: PLC0415
@@ -292,6 +294,19 @@ def open_engine(
             with needs("torch", extra="export"):
                 from ddpm_deploy.engines.pytorch import TorchEngine  # noqa: PLC0415
             return TorchEngine.open(path, threads=threads, device=device, spec=spec, model=model)
+
+
+def _open_onnx(path: Path, *, threads: int | None, device: str) -> Engine:
+    record = read_runtime(read_metadata(path).get(METADATA_KEY), source=str(path))
+    there = {name for name in ("onnxruntime", "openvino") if find_spec(name) is not None}
+    runtime = record.runtime if record else "openvino" if there == {"openvino"} else "onnxruntime"
+    if runtime == "openvino":
+        with needs("openvino", extra="openvino"):
+            from ddpm_deploy.engines.openvino import OpenVinoEngine  # noqa: PLC0415
+        return OpenVinoEngine(path, threads=threads, device=device)
+    with needs("onnxruntime", extra="cpu"):
+        from ddpm_deploy.engines.ort import OrtEngine  # noqa: PLC0415
+    return OrtEngine(path, threads=threads, device=device)
 
 
 def is_checkpoint(path: Path) -> bool:

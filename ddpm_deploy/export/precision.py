@@ -29,7 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.graph import constants, producers, tensor_types
 from ddpm_deploy.export.onnx_file import metadata
-from ddpm_deploy.precision import METADATA_KEY, Half, PrecisionRecord, read_precision
+from ddpm_deploy.precision import METADATA_KEY, Half, Precision, PrecisionRecord, read_precision
 
 ELEM_TYPES: Mapping[str, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 DTYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -72,7 +72,7 @@ class Mixed:
     """
 
     model: onnx.ModelProto
-    precision: Half
+    precision: Precision
     groups: Mapping[str, str]
     error: float | None = None
 

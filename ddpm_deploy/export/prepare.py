@@ -107,6 +107,11 @@ def lower_precision(
     if precision == "fp32":
         _refuse_lower(graph, model)
         return Lowered(model=model)
+    if precision == "int8":
+        raise ExportError(
+            f"{graph} is in float32; an int8 plan is built of a graph with Q/DQ pairs.",
+            hint="Make it first: ddpm-deploy build unet.onnx --int8 --runtime onnxruntime",
+        )
     if (before := recorded(model)) is not None:
         mixed = convert(model, precision)  # refuses the other precision
         return Lowered(model=model, groups=dict(mixed.groups), error=before.error)

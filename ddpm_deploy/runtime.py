@@ -1,0 +1,91 @@
+"""What an ONNX file that was built for one runtime says of itself.
+
+A graph that `export` wrote has no such record, and runs in any runtime.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal, get_args
+
+from ddpm_deploy.errors import SpecError
+from ddpm_deploy.precision import Precision
+
+METADATA_KEY = "ddpm_deploy.runtime"
+"""Key in an ONNX file's `metadata_props` under which an engine says what it was built for."""
+
+FORMAT = 1
+
+Runtime = Literal["onnxruntime", "openvino"]
+Arithmetic = Literal["f32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeRecord:
+    """What an engine was built for.
+
+    Attributes:
+        runtime: What opens it.
+        precision: What most of it computes in.
+        arithmetic: What the operators compute in that no Q/DQ pair makes int8.
+        streams: Parts that a batch is cut into, which run side by side; at most one a core.
+        best_batch: The batch that was measured to be the fastest; None where nobody measured.
+        graph_sha256: Of the graph that it was built from.
+        error: Of its output over the peak, as measured when it was built.
+        milliseconds: Of one image's step in each runtime that was tried, by name; empty where the
+            runtime was named.
+    """
+
+    runtime: Runtime
+    precision: Precision = "fp32"
+    arithmetic: Arithmetic = "f32"
+    streams: int = 1
+    best_batch: int | None = None
+    graph_sha256: str = ""
+    error: float | None = None
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Returns what the engine carries under `METADATA_KEY`."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+
+def read_runtime(text: str | None, *, source: str) -> RuntimeRecord | None:
+    """Reads what `RuntimeRecord.to_json` wrote; None is what a graph carries.
+
+    Args:
+        text: The value under `METADATA_KEY`.
+        source: What to call the file in errors.
+
+    Raises:
+        SpecError: It is damaged, or of another release.
+    """
+    if text is None:
+        return None
+    try:
+        said = json.loads(text)
+        if said.pop("format") != FORMAT:
+            raise ValueError("its format is another release's")
+        record = RuntimeRecord(**said)
+        _check(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as damage:
+        raise SpecError(
+            f"{source} says that it was built for one runtime, but not how ({damage!r}).",
+            hint="Build it again here: ddpm-deploy build unet.onnx",
+        ) from damage
+    return record
+
+
+def _check(record: RuntimeRecord) -> None:
+    for name, value, known in (
+        ("runtime", record.runtime, get_args(Runtime)),
+        ("precision", record.precision, get_args(Precision)),
+        ("arithmetic", record.arithmetic, get_args(Arithmetic)),
+    ):
+        if value not in known:
+            raise ValueError(f"its {name} is {value!r}")
+    for name, number in (("streams", record.streams), ("best_batch", record.best_batch or 1)):
+        if type(number) is not int or number < 1:
+            raise ValueError(f"its {name} is {number!r}")
