@@ -64,7 +64,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class _Pattern:
+class Pattern:
     """The nodes of one attention: MatMul(q, k^T), those between, MatMul(., v)."""
 
     scores: onnx.NodeProto
@@ -73,10 +73,12 @@ class _Pattern:
 
     @property
     def nodes(self) -> tuple[onnx.NodeProto, ...]:
+        """All of them, in order."""
         return (self.scores, *self.between, self.values)
 
     @property
     def output(self) -> str:
+        """The tensor that the attention gives."""
         return str(self.values.output[0])
 
     @property
@@ -138,10 +140,10 @@ def split_queries(model: onnx.ModelProto, *, batch: int, limit_bytes: int) -> Sp
 
 def _found(
     model: onnx.ModelProto, types: Mapping[str, TensorType], batch: int
-) -> list[tuple[_Pattern, Attention]]:
+) -> list[tuple[Pattern, Attention]]:
     next_types = tensor_types(model, batch=batch + 1)
     found = []
-    for pattern in _patterns(model.graph):
+    for pattern in patterns(model.graph):
         shape = types[pattern.matrices[0]].shape
         next_shape = next_types[pattern.matrices[0]].shape
         if shape is None or next_shape is None or not _rows_are_queries(pattern, types):
@@ -164,7 +166,8 @@ def _found(
     return found
 
 
-def _patterns(graph: onnx.GraphProto) -> Iterator[_Pattern]:
+def patterns(graph: onnx.GraphProto) -> Iterator[Pattern]:
+    """Yields what looks like attention, in the graph's order; shapes are not looked at."""
     readers = consumers(graph)
     outputs = {value.name for value in graph.output}
 
@@ -182,7 +185,7 @@ def _patterns(graph: onnx.GraphProto) -> Iterator[_Pattern]:
 
 def _pattern_from(
     scores: onnx.NodeProto, only_reader: Callable[[str], onnx.NodeProto | None]
-) -> _Pattern | None:
+) -> Pattern | None:
     between: list[onnx.NodeProto] = []
     allowed = {*_ELEMENTWISE, "Softmax"}
     name = scores.output[0]
@@ -196,10 +199,10 @@ def _pattern_from(
     softmaxes = [step for step in between if is_op(step, "Softmax")]
     if node is None or not is_op(node, "MatMul") or node.input[0] != name or not softmaxes:
         return None
-    return _Pattern(scores, tuple(between), node)
+    return Pattern(scores, tuple(between), node)
 
 
-def _rows_are_queries(pattern: _Pattern, types: Mapping[str, TensorType]) -> bool:
+def _rows_are_queries(pattern: Pattern, types: Mapping[str, TensorType]) -> bool:
     """Says whether each row of every matrix comes from one query, and from nothing else."""
 
     def shape(name: str) -> tuple[int, ...]:
@@ -233,7 +236,7 @@ def _sizes(attention: Attention, batch: int, limit_bytes: int) -> list[int]:
 
 
 def _cut(
-    graph: onnx.GraphProto, pattern: _Pattern, sizes: list[int], types: Mapping[str, TensorType]
+    graph: onnx.GraphProto, pattern: Pattern, sizes: list[int], types: Mapping[str, TensorType]
 ) -> None:
     """Puts parts of an attention in its place; they carry its output's name and a number."""
     output = pattern.output
@@ -274,10 +277,10 @@ def _cut(
             nodes.append(copy)
     parts = [part_of(output, part) for part in range(len(sizes))]
     nodes.append(helper.make_node("Concat", parts, [output], name=f"{output}.join", axis=_QUERIES))
-    _put(graph, nodes, gone={*pattern.matrices, output}, at=output)
+    put(graph, nodes, gone={*pattern.matrices, output}, at=output)
 
 
-def _put(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], *, gone: set[str], at: str) -> None:
+def put(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], *, gone: set[str], at: str) -> None:
     """Replaces the nodes that make `gone` with others, which stand where `at` was made."""
     kept: list[onnx.NodeProto] = []
     for node in graph.node:

@@ -97,6 +97,22 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
                 yield from reads(inner)
 
 
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Takes away the nodes and the weights that nothing reads, and what was said of them."""
+    wanted = {value.name for value in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if wanted.intersection(node.output):
+            kept.append(node)
+            wanted.update(reads(node))
+    weights = [tensor for tensor in graph.initializer if tensor.name in wanted]
+    types = [value for value in graph.value_info if value.name in wanted]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(reversed(kept))
+    graph.initializer.extend(weights)
+    graph.value_info.extend(types)
+
+
 def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """Returns the constant tensors by name: initializers, and the values of `Constant` nodes."""
     found = {tensor.name: tensor for tensor in graph.initializer}
