@@ -36,6 +36,7 @@ class RuntimeRecord:
         error: Of its output over the peak, as measured when it was built.
         milliseconds: Of one image's step in each runtime that was tried, by name; empty where the
             runtime was named.
+        machine: Where it was built: the processor and the versions of the runtimes that were there.
     """
 
     runtime: Runtime
@@ -46,6 +47,7 @@ class RuntimeRecord:
     graph_sha256: str = ""
     error: float | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Returns what the engine carries under `METADATA_KEY`."""

@@ -79,6 +79,7 @@ ROOMS_OF = {
 
 INSIDE_FUNCTIONS = {
     # Deliberate: a file that only sometimes needs the package asks for it then.
+    ("cli.cpu", "openvino"): "says so before the work",
     ("cli.export", "onnxruntime"): "the check needs it, and says so before the work",
     ("data", "sklearn"): "the digits",
     ("engines.device", "cuda"): "what describes a GPU is of use where none can be asked",

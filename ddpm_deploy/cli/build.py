@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, replace
+from dataclasses import replace
 from json import loads
 from math import isfinite
 from pathlib import Path
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ddpm_deploy.cli.common import Device, Json, Threads, note, print_json, settings
+from ddpm_deploy.cli.cpu import build_for_cpu
 from ddpm_deploy.errors import DataError, EngineBuildError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ddpm_deploy.arrays import Samples
     from ddpm_deploy.engines.flavour import Flavour
     from ddpm_deploy.engines.plan import Profile
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from ddpm_deploy.spec import ModelSpec
 
 CALIBRATION_PICTURES = 8
+
+RUNTIMES = ("auto", "tensorrt", "rtx", "onnxruntime", "openvino")
 
 SMALLEST_BEST = 8
 """A GPU wants some images at once; in a plan their attention takes little memory."""
@@ -43,8 +44,12 @@ def command(
     bf16: Annotated[bool, typer.Option("--bf16", help="A plan in bfloat16.")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="A plan in float32, without TF32.")] = False,
     runtime: Annotated[
-        str, typer.Option(help="auto, tensorrt, rtx (TensorRT-RTX) or onnxruntime.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="tensorrt, rtx (TensorRT-RTX), onnxruntime, openvino, or auto: the fastest of "
+            "what is installed for a CPU, measured here."
+        ),
+    ] = None,
     batch: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,16 +126,18 @@ def command(
             f"{graph} is no ONNX file: its suffix is {graph.suffix!r}.",
             hint="Give the file that export wrote: ddpm-deploy build unet.onnx",
         )
-    if runtime not in {"auto", "tensorrt", "rtx", "onnxruntime"}:
+    if runtime not in {None, *RUNTIMES}:
         raise typer.BadParameter(
-            f"{runtime!r} is none of auto, tensorrt, rtx, onnxruntime", param_hint="--runtime"
+            f"{runtime!r} is none of {', '.join(RUNTIMES)}", param_hint="--runtime"
         )
     if budget is not None and not isfinite(budget):
         raise typer.BadParameter(f"{budget} is not finite", param_hint="--budget")
     precision = _precision(fp16=fp16, bf16=bf16, fp32=fp32)
-    as_plan = runtime in {"tensorrt", "rtx"} or (
-        runtime == "auto"
-        and (precision is not None or (output is not None and output.suffix == ".plan"))
+    as_plan = (
+        runtime in {"tensorrt", "rtx"}
+        or (runtime is None and precision is not None)
+        or (runtime in {None, "auto"} and output is not None and output.suffix == ".plan")
+        or (runtime == "auto" and _gpu_builds())
     )
     _refuse_options(ctx, as_plan=as_plan)
     if precision not in {"fp16", "bf16"} and (budget is not None or data is not None):
@@ -139,16 +146,20 @@ def command(
             hint="Leave them out, or type --fp16 or --bf16.",
         )
     if not as_plan:
-        if precision == "bf16":
-            raise EngineBuildError(
-                "ONNX Runtime has no convolution in bfloat16.",
-                hint="Type --fp16; or build a plan: --bf16 --runtime tensorrt, or rtx",
-            )
-        if precision == "fp16":
+        if precision == "fp16" and runtime == "onnxruntime":
             _build_mixed(graph, output, budget=budget, data=data, fuse=fuse_step, json=json)
         else:
-            _build_ort(
-                graph, output, fuse_step=fuse_step, threads=threads, device=device, json=json
+            build_for_cpu(
+                graph,
+                output,
+                runtime="onnxruntime" if runtime is None else runtime,
+                precision=precision or "fp32",
+                fuse_step=fuse_step,
+                threads=threads,
+                device=device,
+                budget=budget,
+                force=force,
+                json=json,
             )
         return
 
@@ -234,7 +245,7 @@ def _refuse_options(ctx: typer.Context, *, as_plan: bool) -> None:
     """Refuses options of the other kind of engine."""
     of_plans = (
         *("batch", "compute_capability", "workspace", "optimization_level", "timing_cache"),
-        *("version_compatible", "hardware_compatible", "retry_smaller", "keep_graph", "force"),
+        *("version_compatible", "hardware_compatible", "retry_smaller", "keep_graph"),
     )
     for name in ("threads", "device") if as_plan else of_plans:
         source = ctx.get_parameter_source(name)
@@ -248,7 +259,15 @@ def _refuse_options(ctx: typer.Context, *, as_plan: bool) -> None:
             )
 
 
-def _choose_flavour(runtime: str) -> Flavour:
+def _gpu_builds() -> bool:
+    """Says whether there is a GPU here with a TensorRT for it."""
+    from ddpm_deploy.engines.device import find_device
+    from ddpm_deploy.engines.flavour import installed
+
+    return bool(installed()) and find_device() is not None
+
+
+def _choose_flavour(runtime: str | None) -> Flavour:
     """Returns the TensorRT to build with.
 
     Where both are installed, it is TensorRT if there is a GPU that it can build on.
@@ -256,7 +275,7 @@ def _choose_flavour(runtime: str) -> Flavour:
     from ddpm_deploy.engines.device import find_device
     from ddpm_deploy.engines.flavour import require, require_any
 
-    if runtime != "auto":
+    if runtime in {"tensorrt", "rtx"}:
         flavour: Flavour = "tensorrt_rtx" if runtime == "rtx" else "tensorrt"
         require(flavour)
         return flavour
@@ -335,37 +354,3 @@ def _build_mixed(
         print_json({"path": str(output), "groups": lowered.groups, "error": lowered.error})
     else:
         typer.echo(output)
-
-
-def _build_ort(
-    graph: Path,
-    output: Path | None,
-    *,
-    fuse_step: bool,
-    threads: int | None,
-    device: str,
-    json: bool,
-) -> None:
-    from ddpm_deploy.engines.base import needs
-    from ddpm_deploy.engines.build import build_ort
-
-    output = output or graph.with_suffix(".ort.onnx")
-    if output.suffix != ".onnx":
-        raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
-    rewrite: Callable[[Path, Path], None] | None = None
-    if fuse_step:
-        with needs("onnx", extra="export"):
-            from ddpm_deploy.export.fuse_step import fuse_file
-        rewrite = fuse_file
-    built = build_ort(graph, output, threads=threads, device=device, rewrite=rewrite)
-    apart = f"at most {built.deviation:.1e} of the peak from" if built.deviation else "the same as"
-    step = " with its step fused" if fuse_step else ""
-    note(
-        f"built for {built.runtime} in float32{step} (for a TensorRT plan name its precision: "
-        f"--fp16): {apart} {graph}; opens in {built.load_seconds:.2f} s, the graph in "
-        f"{built.graph_load_seconds:.2f} s"
-    )
-    if json:
-        print_json({**asdict(built), "path": str(built.path)})
-    else:
-        typer.echo(built.path)

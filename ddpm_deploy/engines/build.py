@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,15 @@ from ddpm_deploy.errors import EngineBuildError
 from ddpm_deploy.files import whole_file
 from ddpm_deploy.fused import denoise_fused
 from ddpm_deploy.noise import SeededNoise
-from ddpm_deploy.parity import TOLERANCE, example_conditions, relative_error
+from ddpm_deploy.parity import BUDGETS, example_conditions, relative_error
+from ddpm_deploy.runtime import RuntimeRecord
 from ddpm_deploy.sampling import denoise
+
+Write = Callable[[RuntimeRecord, Path], None]
+"""Writes an engine's file: the graph for its runtime, and what it says of itself."""
+
+Tune = Callable[[Engine, RuntimeRecord], RuntimeRecord]
+"""Adds to a record what was measured of its engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,7 @@ class Built:
     Attributes:
         path: The engine's file.
         runtime: What it is for: `onnxruntime 1.32.0 CPU`.
+        record: What it says of itself.
         deviation: max |engine - graph| / max |graph| over the batches compared.
         load_seconds: Time to open the engine, and `graph_load_seconds` the graph.
         graph_load_seconds: Time to open the graph it was built from.
@@ -35,38 +43,46 @@ class Built:
 
     path: Path
     runtime: str
+    record: RuntimeRecord
     deviation: float
     load_seconds: float
     graph_load_seconds: float
     seconds: float
 
 
-def build_ort(
+def build_engine(
     graph: Path,
     output: Path,
+    record: RuntimeRecord,
     *,
+    write: Write | None,
+    tune: Tune | None = None,
+    budget: float | None = None,
     threads: int | None = None,
     device: str = "auto",
-    rewrite: Callable[[Path, Path], None] | None = None,
 ) -> Built:
-    """Builds an ONNX Runtime engine: the graph with ONNX Runtime's own fusions done ahead.
+    """Builds an engine for ONNX Runtime or OpenVINO.
 
-    The fusions are those that hold on every machine; the layout for one processor is still chosen
-    when the engine is opened.
+    For ONNX Runtime its own fusions are done ahead, those that hold on every machine; the layout
+    for one processor is still chosen when the engine is opened. OpenVINO keeps what it compiled for
+    this processor beside the engine, when it is first run.
 
     Args:
         graph: An `.onnx` file that `export` wrote.
         output: Where to, ending in `.onnx`; overwritten.
+        record: For which runtime, and in what precision.
+        write: Writes the engine's file: the same function as the graph, perhaps with a fused step,
+            which is compared with NumPy's. None takes the graph as it is, for ONNX Runtime alone.
+        tune: Returns the record with what was measured of an engine, such as its best batch.
+        budget: Largest error over the output's peak; the precision's own when None.
         threads: CPU threads of the check.
         device: `cpu`, `cuda` or `auto`.
-        rewrite: Writes, from the graph's file, the one to build from instead: the same function,
-            perhaps with a fused step, which is compared with NumPy's.
 
     Raises:
         EngineBuildError: The engine is not the same function as the graph.
         EngineError: The graph cannot be loaded.
         SpecError: It carries no spec.
-        MissingDependencyError: ONNX Runtime is not installed.
+        MissingDependencyError: The runtime is not installed.
     """
     start = time.perf_counter()
     if output.resolve() == graph.resolve():
@@ -75,29 +91,21 @@ def build_ort(
             hint="Name another file: -o unet.ort.onnx",
         )
     source, graph_seconds = _open(graph, threads, device)
-    with needs("onnxruntime", extra="cpu"):
-        from ddpm_deploy.engines.ort import optimise  # noqa: PLC0415
     with source, whole_file(output) as partial:
-        with tempfile.TemporaryDirectory() as folder:
-            rewritten = Path(folder) / "rewritten.onnx"
-            if rewrite is not None:
-                rewrite(graph, rewritten)
-            optimise(graph if rewrite is None else rewritten, partial, device=device)
-        built, built_seconds = _open(partial, threads, device)
+        _write(graph, partial, record, write, device)
+        built, built_seconds = _open_built(partial, record, threads, device)
         with built:
-            errors = _errors(source, built)
-            if built.fused:
-                errors += _step_errors(built)
-        deviation = float(np.max(errors))  # NaN where one is; Python's max would lose it
-        if not deviation <= TOLERANCE:
-            raise EngineBuildError(
-                f"The engine is not the graph it was built from: they differ by {deviation:.1e} "
-                f"of the peak; at most {TOLERANCE:.0e} is rounding. Nothing was written.",
-                hint=f"Run the graph itself: ddpm-deploy sample --engine {graph}",
-            )
+            deviation = _check(source, built, graph, budget)
+            description = built.describe()
+            name = built.name
+            if tune is not None:
+                record = replace(tune(built, record), error=deviation)
+        if tune is not None:
+            _write(graph, partial, record, write, device)
     return Built(
         path=output,
-        runtime=f"{built.describe()['runtime']} {built.name.split()[-1]}",
+        runtime=f"{description['runtime']} {name.split()[1]}",
+        record=record,
         deviation=deviation,
         load_seconds=built_seconds,
         graph_load_seconds=graph_seconds,
@@ -105,9 +113,60 @@ def build_ort(
     )
 
 
+def _write(
+    graph: Path, output: Path, record: RuntimeRecord, write: Write | None, device: str
+) -> None:
+    """Writes the engine; for ONNX Runtime, as it is after its own fusions."""
+    if record.runtime == "openvino":
+        assert write is not None, "OpenVINO's engine says that it is one"
+        write(record, output)
+        return
+    with needs("onnxruntime", extra="cpu"):
+        from ddpm_deploy.engines.ort import optimise  # noqa: PLC0415
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "written.onnx"
+        if write is not None:
+            write(record, written)
+        optimise(graph if write is None else written, output, device=device)
+
+
+def _check(source: Engine, built: Engine, graph: Path, budget: float | None) -> float:
+    """Returns how far an engine is from its graph.
+
+    Raises:
+        EngineBuildError: Further than its precision explains.
+    """
+    errors = _errors(source, built)
+    if built.fused:
+        errors += _step_errors(built)
+    deviation = float(np.max(errors))  # NaN where one is; Python's max would lose it
+    most = BUDGETS[built.precision] if budget is None else budget
+    if not deviation <= most:
+        what = "rounding" if budget is None else "allowed"
+        raise EngineBuildError(
+            f"The engine is not the graph it was built from: they differ by {deviation:.1e} "
+            f"of the peak; at most {most:.0e} is {what}. Nothing was written.",
+            hint=f"Run the graph itself: ddpm-deploy sample --engine {graph}",
+        )
+    return deviation
+
+
 def _open(path: Path, threads: int | None, device: str) -> tuple[Engine, float]:
     start = time.perf_counter()
     engine = open_engine(path, threads=threads, device=device)
+    return engine, time.perf_counter() - start
+
+
+def _open_built(
+    path: Path, record: RuntimeRecord, threads: int | None, device: str
+) -> tuple[Engine, float]:
+    """Opens what is being built, and leaves nothing beside it."""
+    if record.runtime != "openvino":
+        return _open(path, threads, device)
+    with needs("openvino", extra="openvino"):
+        from ddpm_deploy.engines.openvino import OpenVinoEngine  # noqa: PLC0415
+    start = time.perf_counter()
+    engine = OpenVinoEngine(path, threads=threads, device=device, cache=False)
     return engine, time.perf_counter() - start
 
 

@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ _KEPT = 2
 """Batch sizes whose networks are kept compiled: a run's own, and that of what is left over."""
 
 
+def has_bf16() -> bool:
+    """Says whether this processor computes in bfloat16; elsewhere OpenVINO takes float32."""
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def processor() -> str:
+    """Returns the processor's name, as OpenVINO reads it."""
+    return str(openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"))
+
+
 class OpenVinoEngine(Engine):
     """An ONNX file on the CPU, compiled for each batch size that it is given.
 
@@ -39,6 +50,7 @@ class OpenVinoEngine(Engine):
         threads: CPU threads for one call; one a core when None.
         device: `cpu` or `auto`.
         record: What to run the file as; what it says itself, or float32, when None.
+        cache: Whether what is compiled is kept beside the file, for a quicker start.
 
     Raises:
         EngineError: The file is damaged, or the device is not there.
@@ -52,6 +64,7 @@ class OpenVinoEngine(Engine):
         threads: int | None = None,
         device: str = "auto",
         record: RuntimeRecord | None = None,
+        cache: bool = True,
     ) -> None:
         if device not in {"auto", "cpu"}:
             raise EngineError(
@@ -63,6 +76,11 @@ class OpenVinoEngine(Engine):
         self.spec = ModelSpec.from_metadata(metadata, source=str(path))
         said = read_runtime(metadata.get(METADATA_KEY), source=str(path))
         self.record = record or said or RuntimeRecord(runtime="openvino")
+        self._core = openvino.Core()
+        if self.record.arithmetic == "bf16" and not has_bf16():
+            # OpenVINO would do so too, and not say it.
+            plain = "fp32" if self.record.precision == "bf16" else self.record.precision
+            self.record = replace(self.record, arithmetic="f32", precision=plain)
         self.precision = self.record.precision
         self.best_batch = self.record.best_batch
         self.name = f"openvino CPU {self.precision}"
@@ -72,9 +90,8 @@ class OpenVinoEngine(Engine):
                 hint="Build it without --fuse-step.",
             )
         self._threads = threads
-        self._core = openvino.Core()
         self._compiled: OrderedDict[int, _Compiled] = OrderedDict()
-        self._cached = False
+        self._cached = not cache
         self._model: Any = None
         self._sha256: str | None = None
         if not RuntimeCache(path, {}).path.is_file():  # or the file would be read in vain

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+from onnx import helper
 
 from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.fuse_step import fuse_step
@@ -15,7 +16,7 @@ from ddpm_deploy.export.one_attention import merge_attention
 from ddpm_deploy.export.onnx_file import load_graph, metadata, save_graph
 from ddpm_deploy.export.time_table import tabulate_time
 from ddpm_deploy.export.whole_norm import merge_single_groups
-from ddpm_deploy.runtime import METADATA_KEY, Runtime, RuntimeRecord
+from ddpm_deploy.runtime import METADATA_KEY, Runtime, RuntimeRecord, read_runtime
 from ddpm_deploy.spec import ModelSpec
 
 
@@ -44,27 +45,33 @@ def lower(model: onnx.ModelProto, runtime: Runtime) -> onnx.ModelProto:
     return merge_single_groups(tabulate_time(model, spec.schedule.T).model)
 
 
-def lower_file(graph: Path, output: Path, record: RuntimeRecord, *, fuse: bool = False) -> None:
-    """Writes the engine that a runtime opens, from an exported graph.
+def lower_graph(graph: Path, runtime: Runtime, *, fuse: bool = False) -> onnx.ModelProto:
+    """Reads an exported graph and writes it for a runtime.
 
     Args:
         graph: The file that `export` wrote, or one with Q/DQ pairs.
-        output: Where to write.
-        record: What the engine says of itself.
+        runtime: As in `lower`.
         fuse: Whether the sampler's step is put behind the network.
 
     Raises:
         EngineError: The file is no ONNX.
-        ExportError: It is an engine already, or as in `lower` and `fuse_step`.
+        ExportError: It is another runtime's engine, or as in `lower` and `fuse_step`.
         SpecError: As in `lower`.
     """
     model = load_graph(graph)
-    if METADATA_KEY in metadata(model):
+    before = read_runtime(metadata(model).get(METADATA_KEY), source=str(graph))
+    if before is not None and before.runtime != runtime:
         raise ExportError(
-            f"{graph} is an engine already, built for one runtime.",
+            f"{graph} is an engine already, for {before.runtime}.",
             hint="Build from the graph that export wrote: ddpm-deploy build unet.onnx",
         )
-    lowered = onnx.ModelProto()
-    lowered.CopyFrom(lower(fuse_step(model) if fuse else model, record.runtime))
-    lowered.metadata_props.add(key=METADATA_KEY, value=record.to_json())
-    save_graph(lowered, output)
+    return lower(fuse_step(model) if fuse else model, runtime)
+
+
+def write_engine(model: onnx.ModelProto, record: RuntimeRecord, output: Path) -> None:
+    """Writes a lowered graph with what it says of itself."""
+    engine = onnx.ModelProto()
+    engine.CopyFrom(model)
+    said = {**metadata(model), METADATA_KEY: record.to_json()}
+    helper.set_model_props(engine, said)
+    save_graph(engine, output)

@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_deploy import open_engine
 from ddpm_deploy.engines import build as build_module
-from ddpm_deploy.export import fuse_step as fuse_module
+from ddpm_deploy.export import lower as lower_module
 from ddpm_deploy.export.precision import recorded
 from tests.commands import Outcome, contents, refusal, run
 from tests.support import tiny_spec, write_fused, write_graph
@@ -64,10 +64,11 @@ def test_json_has_the_measurements() -> None:
         (["--fp32", "--runtime", "rtx", "--data", "digits"], "--budget and --data are for half"),
         (["--fp16", "--runtime", "onnxruntime", "-o", "unet.onnx"], "would overwrite the graph"),
         (["--batch", "4"], "--batch is for a TensorRT plan."),
-        (["--force"], "--force is for a TensorRT plan."),
+        (["--runtime", "openvino", "--fuse-step"], "OpenVINO's engine has no fused step"),
+        (["--runtime", "auto", "--fp16"], "No runtime here computes in half precision on a CPU"),
         (["missing.onnx"], "There is no file missing.onnx."),
         (["notes.txt"], "notes.txt is no ONNX file: its suffix is '.txt'."),
-        (["garbage.onnx"], "cannot load garbage.onnx"),
+        (["garbage.onnx"], "garbage.onnx cannot be read as an ONNX file"),
         (["bare.onnx"], "bare.onnx carries no ddpm-deploy spec"),
         (["-o", "unet.onnx"], "The engine would overwrite the graph it is built from, unet.onnx."),
         (["--device", "cuda"], "has no CUDA"),
@@ -99,6 +100,7 @@ def test_wrong_usage_exits_with_2() -> None:
     outcome = build("-o", "engine.bin")
     assert (outcome.code, outcome.out) == (2, "")
     assert "engine.bin must end in .onnx" in outcome.err
+    assert "'tflite' is none of auto, tensorrt, rtx" in build("--runtime", "tflite").err
 
 
 @pytest.mark.parametrize("older", [True, False])
@@ -158,6 +160,8 @@ def test_a_fused_engine_can_be_built_again() -> None:
     build("--fuse-step", "-o", "fused.onnx")
     assert build("fused.onnx", "-o", "again.onnx", "--fuse-step").code == 0
     assert build("fused.onnx", "-o", "kept.onnx").code == 0
+    refused = refusal(build("kept.onnx", "--runtime", "openvino"))
+    assert refused == "kept.onnx is an engine already, for onnxruntime."
     assert open_engine("again.onnx").fused
     assert open_engine("kept.onnx").fused
 
@@ -173,7 +177,7 @@ def test_a_fused_step_that_is_another_never_gets_its_name(
     (add,) = (node for node in model.graph.node if list(node.output) == ["x_s"])
     add.op_type = operator
     before = contents(folder)
-    monkeypatch.setattr(fuse_module, "fuse_step", lambda _: model)
+    monkeypatch.setattr(lower_module, "fuse_step", lambda _: model)
     message = refusal(build("--fuse-step", "-o", "fused.onnx"))
     assert message.startswith(f"The engine is not the graph it was built from: they differ by {by}")
     assert contents(folder) == before
@@ -216,3 +220,45 @@ def test_a_budget_that_half_precision_cannot_keep_is_refused(exported: Path) -> 
     assert "error: In fp16 the network's output is " in outcome.err
     assert "the budget is 1e-09." in outcome.err
     assert not Path("half.onnx").exists()
+
+
+# --- Runtimes for a CPU ---
+
+
+def test_openvino_s_engine_is_the_graph_and_samples() -> None:
+    outcome = build("--runtime", "openvino")
+    assert (outcome.code, outcome.out) == (0, "unet.ov.onnx\n")
+    assert outcome.err.startswith("built for openvino 20")
+    assert sorted(contents(Path())) == ["unet.onnx", "unet.ov.onnx"]
+    assert run("sample", "-e", "unet.ov.onnx", "-n", 3, "-o", "a").code == 0
+    assert run("sample", "-e", "unet.onnx", "-n", 3, "-o", "b").code == 0
+    images = [{n: f for n, f in contents(Path(o)).items() if n != "run.json"} for o in "ab"]
+    assert images[0] == images[1]
+
+
+def test_auto_measures_what_is_installed_and_remembers() -> None:
+    outcome = build("--runtime", "auto")
+    assert (outcome.code, outcome.out) == (0, "unet.cpu.onnx\n")
+    assert "building and measuring for onnxruntime" in outcome.err
+    assert " is the faster here: onnxruntime " in outcome.err
+    before = contents(Path())
+    again = build("--runtime", "auto")
+    assert (again.code, again.out) == (0, "unet.cpu.onnx\n")
+    assert again.err.startswith("measured here before for unet.onnx: onnxruntime ")
+    assert contents(Path()) == before
+    record = json.loads(build("--runtime", "auto", "--json").out)["record"]
+    assert record["milliseconds"].keys() == {"onnxruntime", "openvino"}
+    write_graph(Path("unet.onnx"), tiny_spec(classes=4), bias=0.5)
+    assert "building and measuring for openvino" in build("--runtime", "auto").err
+    assert "building and measuring" in build("--runtime", "auto", "--force").err
+
+
+def test_a_budget_in_bfloat16_is_kept_or_refused() -> None:
+    before = contents(Path())
+    refused = refusal(build("--bf16", "--runtime", "openvino", "--budget", "1e-9"))
+    assert "of the peak; at most 1e-09 is allowed. Nothing was written." in refused
+    assert contents(Path()) == before
+    outcome = build("--bf16", "--runtime", "openvino")
+    assert (outcome.code, outcome.out) == (0, "unet.bf16.ov.onnx\n")
+    with open_engine("unet.bf16.ov.onnx") as engine:
+        assert engine.precision == "bf16"

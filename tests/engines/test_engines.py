@@ -10,11 +10,13 @@ import onnx
 import pytest
 
 from ddpm_deploy import Engine, SeededNoise, denoise, open_engine
-from ddpm_deploy.engines.build import build_ort
+from ddpm_deploy.engines.build import build_engine
 from ddpm_deploy.engines.pytorch import TorchEngine
 from ddpm_deploy.errors import EngineBuildError, EngineError, EngineInputError, SpecError
+from ddpm_deploy.export.lower import lower_graph, write_engine
 from ddpm_deploy.export.to_onnx import export_network
 from ddpm_deploy.fused import METADATA_KEY, step_to_json
+from ddpm_deploy.runtime import RuntimeRecord
 from tests.support import tiny_network, tiny_spec, write_fused, write_graph
 
 
@@ -25,13 +27,23 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["onnx", "torch", "built"])
+ORT = RuntimeRecord(runtime="onnxruntime")
+OPENVINO = RuntimeRecord(runtime="openvino", streams=2)
+
+
+@pytest.fixture(params=["onnx", "torch", "built", "openvino"])
 def engine(request: pytest.FixtureRequest, exported: Path, tmp_path: Path) -> Engine:
+    if request.param == "openvino":
+        write_engine(lower_graph(exported, "openvino"), OPENVINO, tmp_path / "unet.ov.onnx")
+        return open_engine(tmp_path / "unet.ov.onnx")
     if request.param == "torch":
         spec = tiny_spec(classes=3)
         return TorchEngine(tiny_network(classes=3), spec, path=exported, device="cpu")
     if request.param == "built":
-        return open_engine(build_ort(exported, tmp_path / "unet.ort.onnx").path)
+        model = lower_graph(exported, "onnxruntime")
+        output = tmp_path / "unet.ort.onnx"
+        built = build_engine(exported, output, ORT, write=lambda r, p: write_engine(model, r, p))
+        return open_engine(built.path)
     return open_engine(exported)
 
 
@@ -45,7 +57,7 @@ def test_an_image_does_not_depend_on_its_batch(engine: Engine) -> None:
     whole = engine(x, t, y=y)
     # ONNX Runtime's CPU kernels work an image at a time: equal to the bit. torch's do not promise
     # that, so its reference is held to rounding.
-    tolerance = 2e-6 if engine.name.startswith("torch") else 0
+    tolerance = 2e-6 if engine.name.startswith(("torch", "openvino")) else 0
     for size in (1, 5):
         parts = [
             engine(x[i : i + size], t[i : i + size], y=y[i : i + size]) for i in range(0, 12, size)
@@ -67,8 +79,8 @@ def test_inputs_are_left_alone_and_the_output_is_the_caller_s(engine: Engine) ->
 
 def test_an_engine_says_what_it_is(engine: Engine) -> None:
     described = engine.describe()
-    assert described["name"] in {"onnxruntime CPU", "torch CPU"}
-    assert described["runtime"].split()[0] in {"onnxruntime", "torch"}
+    assert described["name"] in {"onnxruntime CPU", "openvino CPU fp32", "torch CPU"}
+    assert described["runtime"].split()[0] in {"onnxruntime", "openvino", "torch"}
     assert engine.spec == tiny_spec(classes=3)
 
 
@@ -86,7 +98,7 @@ def test_a_silent_fall_back_from_cuda_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_build_keeps_the_spec_and_the_function(exported: Path, tmp_path: Path) -> None:
-    built = build_ort(exported, tmp_path / "unet.ort.onnx")
+    built = build_engine(exported, tmp_path / "unet.ort.onnx", ORT, write=None)
     assert built.deviation <= 2e-5
     with open_engine(built.path) as engine:
         assert engine.spec == tiny_spec(classes=3)
@@ -96,7 +108,7 @@ def test_a_build_keeps_the_spec_and_the_function(exported: Path, tmp_path: Path)
 def test_a_build_never_overwrites_its_graph(exported: Path) -> None:
     before = exported.read_bytes()
     with pytest.raises(EngineBuildError, match="would overwrite the graph"):
-        build_ort(exported, exported)
+        build_engine(exported, exported, ORT, write=None)
     assert exported.read_bytes() == before
 
 

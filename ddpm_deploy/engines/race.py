@@ -1,0 +1,53 @@
+"""Which of several engines is the fastest here.
+
+They take turns, so that a machine that grows warm or busy is so for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from ddpm_deploy.arrays import Array
+from ddpm_deploy.engines.base import Engine
+from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.parity import example_conditions
+
+MARGIN = 0.02
+"""How much faster something must be to be preferred to what is simpler: what turns differ by."""
+
+
+def race(engines: Mapping[str, Engine], batch: int, *, turns: int = 5) -> dict[str, float]:
+    """Times one call of each engine on the same batch.
+
+    Args:
+        engines: By name; of one network.
+        batch: Samples.
+        turns: Calls of each that are timed, after two that are not.
+
+    Returns:
+        Seconds a call, the median, by name.
+
+    Raises:
+        EngineError: One of them failed.
+    """
+    first = next(iter(engines.values()))
+    x = SeededNoise(0, range(batch), first.spec.sample_shape)(0)
+    t = np.full(batch, first.spec.schedule.T // 2, np.int64)
+    conditions: dict[str, Array] = example_conditions(first.spec, batch)
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(-2, turns):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine(x, t, **conditions)
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(taken)) for name, taken in times.items()}
+
+
+def winner(seconds: Mapping[str, float]) -> str:
+    """Returns the fastest; of those within `MARGIN` of it, the first."""
+    least = min(seconds.values())
+    return next(name for name, taken in seconds.items() if taken <= least * (1 + MARGIN))
