@@ -14,6 +14,8 @@ from ddpm_deploy.cli.common import size
 from ddpm_deploy.errors import DDPMDeployError, EngineError, ExportError
 from ddpm_deploy.precision import METADATA_KEY as PRECISION_KEY
 from ddpm_deploy.precision import read_precision
+from ddpm_deploy.runtime import METADATA_KEY as RUNTIME_KEY
+from ddpm_deploy.runtime import RuntimeRecord, read_runtime
 from ddpm_deploy.spec import METADATA_KEY, ModelSpec
 
 if TYPE_CHECKING:
@@ -163,6 +165,22 @@ def _precision_rows(precision: str, groups: Mapping[str, str]) -> Iterator[tuple
         yield f"in {name}", f"{reason}: {operators}" if reason else operators
 
 
+def _runtime_rows(record: RuntimeRecord) -> Iterator[tuple[str, str]]:
+    """Yields what an engine was built for, and what was measured where."""
+    name = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[record.runtime]
+    rest = ", bfloat16 between int8 layers" if record.precision == "int8" else ""
+    streams = f", {record.streams} streams" if record.streams > 1 else ""
+    yield "built for", f"{name}{rest if record.arithmetic == 'bf16' else ''}{streams}"
+    if record.best_batch is not None:
+        yield "best batch", str(record.best_batch)
+    if record.error is not None:
+        yield "error", f"{record.error:.1e} of the output's peak from the graph's, when built"
+    for runtime, each in record.milliseconds.items():
+        yield "measured", f"{runtime}: {each:.2f} ms an image and step"
+    if record.machine:
+        yield "built on", ", ".join(f"{k} {v}" for k, v in record.machine.items())
+
+
 def graph_facts(file: Path) -> Facts:
     """Reads an ONNX file, with onnx if it is here, else what ONNX Runtime tells.
 
@@ -200,14 +218,18 @@ def graph_facts(file: Path) -> Facts:
         spec = ModelSpec.from_json(metadata[METADATA_KEY], source=source)
     fused = is_fused(metadata.get(STEP_KEY), source=source)
     said = read_precision(metadata.get(PRECISION_KEY), source=source)
+    record = read_runtime(metadata.get(RUNTIME_KEY), source=source)
     for word, values in (("input", inputs), ("output", outputs)):
         rows += [(f"{word} {name}", text) for name, text in values.items()]
     if spec is not None:
         rows.append(_step_row(fused=fused))
-        rows += _precision_rows(said.precision, said.groups)
+        rows += _precision_rows(record.precision if record else said.precision, said.groups)
+    if record is not None:
+        rows += _runtime_rows(record)
     data |= {
         "fused": fused,
-        "precision": said.precision if spec is not None else None,
+        "precision": None if spec is None else (record or said).precision,
+        "runtime": None if record is None else asdict(record),
         "precision_groups": dict(said.groups),
         "inputs": dict(inputs),
         "outputs": dict(outputs),

@@ -51,8 +51,12 @@ def _is_weight(weights: Mapping[str, TensorProto], name: str) -> bool:
 def missing_biases(pair: Pair) -> Iterator[Difference]:
     """Yields the reference's biases, other than 0, that no node of the engine reads."""
     wanted, read = pair.reference.weights, pair.engine.read
+    looked_for = pair.reference.read
+    if pair.engine.lowered:  # what several nodes read may be inside the one that stands for them
+        nodes = (n for name, n in pair.reference.nodes.items() if name in pair.engine.nodes)
+        looked_for = {name for node in nodes for name in node.inputs}
     for name in wanted:
-        gone = name in pair.reference.read and name not in read
+        gone = name in looked_for and name not in read
         if gone and name.endswith("bias") and np.any(array_of(wanted[name])):
             yield bias_missing(name)
 

@@ -22,6 +22,9 @@ _PART = re.compile(r"(?P<whole>.+)\.\d+(?:\.(?P<name>.+))?")
 _STANDARD = ("", ONNX_DOMAIN)
 _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
+LOWERED = (".one", ".row", ".whole")
+"""Ends the names of nodes that stand for several, from a pass; what they give keeps its name."""
+
 _SAME_AS = {
     # What ONNX Runtime fuses, by the operator that gave its output its name.
     "com.microsoft.BiasGelu": "Gelu",
@@ -74,6 +77,7 @@ class Plain:
         needed = self._needed([value.name for value in graph.output])
         self.nodes: dict[str, PlainNode] = {}
         self.fused = False
+        self.lowered = any(node.name.endswith(LOWERED) for node in graph.node)
         for node in graph.node:
             name = self.name(node.output[0])
             if node.output[0] not in needed or self._looked_through(node) or name in self.nodes:
@@ -106,7 +110,7 @@ class Plain:
         return maker is not None and maker.name == f"{tensor}.join"
 
     def _looked_through(self, node: onnx.NodeProto) -> bool:
-        if is_op(node, "Constant"):
+        if is_op(node, "Constant") or node.name.endswith(LOWERED):
             return True
         if is_op(node, "Cast", "Split"):
             return self.name(node.input[0]) == self.name(node.output[0])

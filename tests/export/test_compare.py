@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -20,11 +20,13 @@ from ddpm_deploy.export.attention import split_queries
 from ddpm_deploy.export.compare import differences, weight_differences
 from ddpm_deploy.export.difference import Difference
 from ddpm_deploy.export.fuse_step import fuse_step
+from ddpm_deploy.export.lower import lower
 from ddpm_deploy.export.precision import convert
 from ddpm_deploy.export.rounding import rounded
 from ddpm_deploy.export.to_onnx import export_network
 from ddpm_deploy.model import UNet
 from ddpm_deploy.precision import Half
+from ddpm_deploy.runtime import Runtime
 from tests.support import tiny_network, tiny_spec, write_graph
 
 Edit = Callable[[onnx.GraphProto], None]
@@ -131,6 +133,21 @@ def test_what_onnx_runtime_fuses_does_not_differ(
     fused = onnx.load(tmp_path / "unet.ort.onnx")
     assert any(node.domain == "com.microsoft" for node in fused.graph.node)
     assert differences(model, fused) == []
+
+
+@pytest.mark.parametrize("runtime", get_args(Runtime))
+@pytest.mark.parametrize("classes", [0, 3])
+def test_what_is_written_for_a_runtime_does_not_differ_and_hides_no_fault(
+    tmp_path: Path, runtime: Runtime, classes: int
+) -> None:
+    spec = replace(tiny_spec(classes=classes), sample_shape=(3, 8, 8))
+    export_network(tiny_network(channels=3, classes=classes), spec, tmp_path / "unet.onnx")
+    model = onnx.load(tmp_path / "unet.onnx")
+    assert differences(model, lower(model, runtime)) == []
+    weight = "down1.maxpool_conv.1.double_conv.0.weight"
+    scaled = with_weights(model, {weight: lambda array: array * np.float32(1.5)})
+    (found,) = differences(model, lower(scaled, runtime))
+    assert weight in found.says
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
