@@ -12,7 +12,7 @@ import json
 import math
 import platform
 import zipfile
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,13 +28,14 @@ from ddpm_deploy.errors import DataError, EngineError, EngineInputError, RunErro
 from ddpm_deploy.files import whole_file, write_text
 from ddpm_deploy.fused import denoise_fused, noise_threads
 from ddpm_deploy.images import grid, is_picture, read_picture, to_pixels, write_gif, write_png
-from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.noise import Ahead, SeededNoise
 from ddpm_deploy.sampling import (
     Predictor,
     Sampler,
     Sampling,
     SelfConditioned,
     Spacing,
+    Step,
     Table,
     Transition,
     denoise,
@@ -234,6 +235,31 @@ def sample(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Samples:
     return x if engine.spec.restore is None else engine.spec.restore(x)
 
 
+def drawn(
+    engine: Engine,
+    predict: Predictor,
+    table: Table,
+    noise: SeededNoise,
+    *,
+    x: Samples | None = None,
+) -> Generator[Step, None, None]:
+    """Runs the loop of `sample`: noise is drawn beside the engine's work, and no step is kept.
+
+    Args:
+        engine: The network.
+        predict: The same, with its conditions bound.
+        table: As for `denoise`.
+        noise: As for `denoise`.
+        x: As for `denoise`.
+
+    Yields:
+        A `Step` after each transition, which holds until the next one is asked for.
+    """
+    noisy = [k for k, row in enumerate(table, start=1) if row.x_from_noise]
+    with Ahead(noise, noisy, threads=noise_threads(engine)) as draw:
+        yield from denoise(predict, table, draw, x=x, keep=False)
+
+
 class Drawing:
     """Draws batches of a recipe, with the step behind the network where it is fused there.
 
@@ -263,7 +289,8 @@ class Drawing:
                 another call of the network, so that the images stay the same.
 
         Yields:
-            After each step its number, 1 being the noisiest, and x_0 where it is wanted.
+            After each step its number, 1 being the noisiest, and x_0 where it is wanted, which
+            holds until the next step is asked for.
 
         Raises:
             EngineError: The network gave numbers that are not finite; with a fused step that is
@@ -274,7 +301,7 @@ class Drawing:
             yield from self._fused_steps(images, noise, x0_at)
             return
         predict = self._recipe.predictor(self._engine, images)
-        for step in denoise(predict, self._table, noise):
+        for step in drawn(self._engine, predict, self._table, noise):
             if not step.finite:
                 raise self._not_finite(f" at t = {step.t} (step {step.k})")
             yield step.k, step.x0 if step.k in x0_at else None
