@@ -23,6 +23,7 @@ import numpy as np
 from ddpm_deploy import noise as noise_module
 from ddpm_deploy._version import __version__
 from ddpm_deploy.arrays import Array, Pixels, Samples
+from ddpm_deploy.behind import Behind
 from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.errors import DataError, EngineError, EngineInputError, RunError
 from ddpm_deploy.files import whole_file, write_text
@@ -455,15 +456,18 @@ class Run:
             if missing or (first == self.start and gif is not None and not gif.exists()):
                 yield block, missing
 
-    def draw(self, *, gif: Path | None = None, on_step: Callable[[int], None]) -> Iterator[Path]:
-        """Draws what is missing, a batch at a time.
+    def draw(
+        self, *, gif: Path | None = None, on_step: Callable[[int], None]
+    ) -> Generator[Path, None, None]:
+        """Draws what is missing, a batch at a time; a batch is written while the next is drawn.
 
         Args:
             gif: Where to write the predicted x_0 of the first images unfolding, if anywhere.
             on_step: Called after every step with its number, for progress.
 
         Yields:
-            The path of each image when it is written, whole.
+            The path of each image after it was written, whole. Closed early, it writes the batches
+            that were drawn.
 
         Raises:
             EngineError: The network gave numbers that are not finite.
@@ -471,21 +475,24 @@ class Run:
         """
         rows = len(self.recipe.table(self.engine.spec))
         shown = {round(k) for k in np.linspace(1, rows, min(rows, GIF_FRAMES))}
-        with Drawing(self.engine, self.recipe) as drawing:
+        with Drawing(self.engine, self.recipe) as drawing, Behind[Path]("writing") as writing:
             for block, missing in self.blocks(gif=gif):
                 first = block[0]
                 frames: list[Pixels] = []
                 wanted = shown if gif is not None and first == self.start else ()
                 for k, x0 in drawing.steps(block, x0_at=wanted):
                     on_step(k)
+                    yield from writing.done()
                     if x0 is not None:
                         frames.append(grid(list(self._pixels(x0[:GIF_IMAGES]))))
                 x = drawing.read()
+                yield from writing.rest()  # so that one batch waits in memory, and no more
                 for image in missing:
-                    yield self._write(image, x[image - first])
+                    writing.begin(partial(self._write, image, x[image - first]))
                 if gif is not None and frames:
                     frames.append(grid(list(self._pixels(x[:GIF_IMAGES]))))
                     write_gif(gif, frames)
+            yield from writing.rest()
 
     def finish(self, timing: Mapping[str, float]) -> list[Path]:
         """Writes `grid.png` and the final `run.json`; returns their paths.
