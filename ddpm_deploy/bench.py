@@ -15,8 +15,8 @@ from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.fused import denoise_fused, noise_threads
 from ddpm_deploy.noise import SeededNoise
-from ddpm_deploy.run import Recipe
-from ddpm_deploy.sampling import Predictor, SelfConditioned, Transition, denoise
+from ddpm_deploy.run import Recipe, drawn
+from ddpm_deploy.sampling import Predictor, SelfConditioned, Transition
 
 Loop = Callable[[int], Iterator["StepTime"]]
 """Runs so many steps from pure noise and yields each one's time."""
@@ -90,7 +90,7 @@ def engine_loop(engine: Engine, recipe: Recipe, batch: int) -> Loop:
         predictor: Predictor = timed if sees is None else SelfConditioned(predict=timed)
         x = noise(0)
         start = time.perf_counter()
-        for _ in denoise(predictor, table[:steps], noise, x=x):
+        for _ in drawn(engine, predictor, table[:steps], noise, x=x):
             now = time.perf_counter()
             yield StepTime(total=now - start, network=network)
             start = time.perf_counter()

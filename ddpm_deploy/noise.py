@@ -11,9 +11,10 @@ References:
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,11 @@ from ddpm_deploy.arrays import Samples
 
 SCHEME = "philox4x64-box-muller-1"
 """Names how draws are made; it changes whenever the same key would give other numbers."""
+
+_TOGETHER = 2**14
+"""Numbers that are drawn together: their words and what is made of them take 320 KiB."""
+
+_NO_WORDS = np.zeros(2, dtype=np.uint64)
 
 
 class SeededNoise:
@@ -59,65 +65,114 @@ class SeededNoise:
         Returns:
             float32, (N, *shape), standard normal, finite.
         """
-        draws = np.empty((len(self.images), *self.shape), dtype=np.float32)
-        size = math.prod(self.shape)
-        philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))  # its state is this call's own
-        for row, image in enumerate(self.images):
-            bits = self._bits(philox, image, step, size + size % 2)
-            draws[row] = _box_muller(bits)[:size].reshape(self.shape)
+        draws: Samples = self.of([step])[0]
         return draws
 
-    def _bits(
-        self, philox: np.random.Philox, image: int, step: int, count: int
-    ) -> NDArray[np.uint64]:
-        # The counter's low words count blocks within a draw, a higher word the steps.
-        philox.state = {
+    def of(self, steps: Sequence[int]) -> Samples:
+        """Draws the noise of several steps at once, which takes less time where each is small.
+
+        Args:
+            steps: As for a call.
+
+        Returns:
+            float32, (len(steps), N, *shape): the same numbers as from a call each.
+        """
+        count = len(self.images)
+        draws = np.empty((len(steps), count, *self.shape), np.float32)
+        rows = draws.reshape(len(steps) * count, -1)
+        size = rows.shape[1]
+        whole = size + size % 2
+        # Some rows at a time, so that what lies between words and numbers stays in the cache.
+        group = max(1, min(len(rows), _TOGETHER // whole))
+        bits = np.empty((group, whole), np.uint64)
+        halves = np.empty((3, group, whole // 2), np.float64)
+        words = _Words(self.seed)
+        for first in range(0, len(rows), group):
+            some = range(first, min(first + group, len(rows)))
+            for row in some:
+                bits[row - first] = words(self.images[row % count], steps[row // count], whole)
+            n = len(some)
+            _box_muller(bits[:n], halves[:, :n], rows[first : first + n])
+        return draws
+
+    @property
+    def together(self) -> int:
+        """How many steps are worth drawing at once: one where a step is some thousand numbers."""
+        return max(1, _TOGETHER // max(1, len(self.images) * math.prod(self.shape)))
+
+
+class _Words:
+    """The 64-bit words that a seed's draws are made of; used by one thread."""
+
+    def __init__(self, seed: int) -> None:
+        self._philox = np.random.Philox(key=_NO_WORDS)
+        self._key = [seed, 0]
+        self._counter = [0, 0, 0, 0]
+        # Python's numbers: NumPy reads them faster out of a list than its own out of an array.
+        self._state: Any = {
             "bit_generator": "Philox",
-            "state": {
-                "counter": np.array([0, 0, step, 0], dtype=np.uint64),
-                "key": np.array([self.seed, image], dtype=np.uint64),
-            },
-            "buffer": np.zeros(4, dtype=np.uint64),
+            "state": {"counter": self._counter, "key": self._key},
+            "buffer": [0, 0, 0, 0],
             "buffer_pos": 4,
             "has_uint32": 0,
             "uinteger": 0,
         }
-        return philox.random_raw(count)
+
+    def __call__(self, image: int, step: int, count: int) -> NDArray[np.uint64]:
+        # The counter's low words count blocks within a draw, a higher word the steps.
+        self._key[1], self._counter[2] = image, step
+        self._philox.state = self._state
+        return self._philox.random_raw(count)
 
 
 class Ahead:
-    """Noise that is drawn in threads, ahead of the loop that asks for it: the same numbers, sooner.
+    """Noise that is drawn ahead of the loop that asks for it: the same numbers, sooner.
 
-    While step k runs, the noise of the next steps is drawn. A context: at its end, also after an
-    error or Ctrl-C, what was not asked for is dropped and the threads have ended.
+    While a step runs, the noise of the next is drawn in threads; of several steps together where
+    each is small. A context: at its end, also after an error or Ctrl-C, what was not asked for is
+    dropped and the threads have ended.
 
     Args:
         noise: Draws for a step number, from any thread; `SeededNoise` does.
         steps: The steps that will be asked for, in order. Others are drawn when they are asked for.
-        threads: How many draw at once, each a step of its own; 0 draws in the caller's.
+        threads: How many draw at once, each steps of its own; 0 draws in the caller's.
     """
 
     def __init__(
         self, noise: Callable[[int], Samples], steps: Sequence[int], *, threads: int = 1
     ) -> None:
         self._noise = noise
-        self._steps = iter(steps)
-        self._drawn: dict[int, Future[Samples]] = {}
+        size = noise.together if isinstance(noise, SeededNoise) else 1
+        self._groups = deque(steps[i : i + size] for i in range(0, len(steps), size))
+        self._drawn: dict[int, tuple[int, Future[Sequence[Samples]]]] = {}
         self._pool = ThreadPoolExecutor(threads, "noise") if threads else None
         self._begin(threads)
 
     def __call__(self, step: int) -> Samples:
         """Gives the noise of one step, as `noise` itself would."""
-        future = self._drawn.pop(step, None)
-        if future is None:
+        if self._pool is None and self._groups and step == self._groups[0][0]:
+            self._begin(1)
+        if step not in self._drawn:
             return self._noise(step)
-        self._begin(1)
-        return future.result()
+        place, future = self._drawn.pop(step)
+        if place == 0 and self._pool is not None:
+            self._begin(1)
+        return future.result()[place]
 
     def _begin(self, count: int) -> None:
-        if self._pool is not None:
-            for step in islice(self._steps, count):
-                self._drawn[step] = self._pool.submit(self._noise, step)
+        for _ in range(min(count, len(self._groups))):
+            group = self._groups.popleft()
+            if self._pool is not None:
+                future = self._pool.submit(self._draw, group)
+            else:
+                future = Future()
+                future.set_result(self._draw(group))
+            self._drawn |= {step: (place, future) for place, step in enumerate(group)}
+
+    def _draw(self, group: Sequence[int]) -> Sequence[Samples]:
+        if isinstance(self._noise, SeededNoise):
+            return list(self._noise.of(group))
+        return [self._noise(step) for step in group]
 
     def __enter__(self) -> Ahead:
         return self
@@ -127,15 +182,29 @@ class Ahead:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _box_muller(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Turns an even number of 64-bit words into as many normal numbers.
+def _box_muller(
+    bits: NDArray[np.uint64], halves: NDArray[np.float64], normal: NDArray[np.float32]
+) -> None:
+    """Turns pairs of 64-bit words into pairs of normal numbers, computed in float64.
 
     NumPy keeps the words of Philox the same for ever, but not what `Generator` makes of them.
+
+    Args:
+        bits: (n, an even number of words); lost.
+        halves: (3, n, pairs): memory to compute in.
+        normal: (n, size): where the numbers go; of an odd size the last one is dropped.
     """
-    uniform = ((bits >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53  # (0, 1]
-    radius = np.sqrt(-2.0 * np.log(uniform[0::2]))
-    angle = 2.0 * math.pi * uniform[1::2]
-    normal = np.empty_like(uniform)
-    normal[0::2] = radius * np.cos(angle)
-    normal[1::2] = radius * np.sin(angle)
-    return normal
+    radius, angle, of_angle = halves
+    bits >>= np.uint64(11)
+    bits += np.uint64(1)
+    numbers = bits.view(np.int64)  # which processors turn into floats faster; none is above 2^53
+    np.multiply(numbers[:, 0::2], 2.0**-53, out=radius)  # (0, 1]
+    np.log(radius, out=radius)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    np.multiply(numbers[:, 1::2], 2.0**-53, out=angle)
+    angle *= 2.0 * math.pi
+    for function, given in ((np.cos, normal[:, 0::2]), (np.sin, normal[:, 1::2])):
+        function(angle, out=of_angle)
+        of_angle *= radius
+        given[:] = of_angle[:, : given.shape[1]]

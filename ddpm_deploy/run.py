@@ -12,7 +12,7 @@ import json
 import math
 import platform
 import zipfile
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,18 +23,20 @@ import numpy as np
 from ddpm_deploy import noise as noise_module
 from ddpm_deploy._version import __version__
 from ddpm_deploy.arrays import Array, Pixels, Samples
+from ddpm_deploy.behind import Behind
 from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.errors import DataError, EngineError, EngineInputError, RunError
 from ddpm_deploy.files import whole_file, write_text
 from ddpm_deploy.fused import denoise_fused, noise_threads
 from ddpm_deploy.images import grid, is_picture, read_picture, to_pixels, write_gif, write_png
-from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.noise import Ahead, SeededNoise
 from ddpm_deploy.sampling import (
     Predictor,
     Sampler,
     Sampling,
     SelfConditioned,
     Spacing,
+    Step,
     Table,
     Transition,
     denoise,
@@ -234,6 +236,31 @@ def sample(engine: Engine, recipe: Recipe, images: Sequence[int]) -> Samples:
     return x if engine.spec.restore is None else engine.spec.restore(x)
 
 
+def drawn(
+    engine: Engine,
+    predict: Predictor,
+    table: Table,
+    noise: SeededNoise,
+    *,
+    x: Samples | None = None,
+) -> Generator[Step, None, None]:
+    """Runs the loop of `sample`: noise is drawn beside the engine's work, and no step is kept.
+
+    Args:
+        engine: The network.
+        predict: The same, with its conditions bound.
+        table: As for `denoise`.
+        noise: As for `denoise`.
+        x: As for `denoise`.
+
+    Yields:
+        A `Step` after each transition, which holds until the next one is asked for.
+    """
+    noisy = [k for k, row in enumerate(table, start=1) if row.x_from_noise]
+    with Ahead(noise, noisy, threads=noise_threads(engine)) as draw:
+        yield from denoise(predict, table, draw, x=x, keep=False)
+
+
 class Drawing:
     """Draws batches of a recipe, with the step behind the network where it is fused there.
 
@@ -263,7 +290,8 @@ class Drawing:
                 another call of the network, so that the images stay the same.
 
         Yields:
-            After each step its number, 1 being the noisiest, and x_0 where it is wanted.
+            After each step its number, 1 being the noisiest, and x_0 where it is wanted, which
+            holds until the next step is asked for.
 
         Raises:
             EngineError: The network gave numbers that are not finite; with a fused step that is
@@ -274,7 +302,7 @@ class Drawing:
             yield from self._fused_steps(images, noise, x0_at)
             return
         predict = self._recipe.predictor(self._engine, images)
-        for step in denoise(predict, self._table, noise):
+        for step in drawn(self._engine, predict, self._table, noise):
             if not step.finite:
                 raise self._not_finite(f" at t = {step.t} (step {step.k})")
             yield step.k, step.x0 if step.k in x0_at else None
@@ -428,15 +456,18 @@ class Run:
             if missing or (first == self.start and gif is not None and not gif.exists()):
                 yield block, missing
 
-    def draw(self, *, gif: Path | None = None, on_step: Callable[[int], None]) -> Iterator[Path]:
-        """Draws what is missing, a batch at a time.
+    def draw(
+        self, *, gif: Path | None = None, on_step: Callable[[int], None]
+    ) -> Generator[Path, None, None]:
+        """Draws what is missing, a batch at a time; a batch is written while the next is drawn.
 
         Args:
             gif: Where to write the predicted x_0 of the first images unfolding, if anywhere.
             on_step: Called after every step with its number, for progress.
 
         Yields:
-            The path of each image when it is written, whole.
+            The path of each image after it was written, whole. Closed early, it writes the batches
+            that were drawn.
 
         Raises:
             EngineError: The network gave numbers that are not finite.
@@ -444,21 +475,24 @@ class Run:
         """
         rows = len(self.recipe.table(self.engine.spec))
         shown = {round(k) for k in np.linspace(1, rows, min(rows, GIF_FRAMES))}
-        with Drawing(self.engine, self.recipe) as drawing:
+        with Drawing(self.engine, self.recipe) as drawing, Behind[Path]("writing") as writing:
             for block, missing in self.blocks(gif=gif):
                 first = block[0]
                 frames: list[Pixels] = []
                 wanted = shown if gif is not None and first == self.start else ()
                 for k, x0 in drawing.steps(block, x0_at=wanted):
                     on_step(k)
+                    yield from writing.done()
                     if x0 is not None:
                         frames.append(grid(list(self._pixels(x0[:GIF_IMAGES]))))
                 x = drawing.read()
+                yield from writing.rest()  # so that one batch waits in memory, and no more
                 for image in missing:
-                    yield self._write(image, x[image - first])
+                    writing.begin(partial(self._write, image, x[image - first]))
                 if gif is not None and frames:
                     frames.append(grid(list(self._pixels(x[:GIF_IMAGES]))))
                     write_gif(gif, frames)
+            yield from writing.rest()
 
     def finish(self, timing: Mapping[str, float]) -> list[Path]:
         """Writes `grid.png` and the final `run.json`; returns their paths.

@@ -393,6 +393,7 @@ def denoise(
     *,
     x: Samples | None = None,
     before: Samples | None = None,
+    keep: bool = True,
 ) -> Iterator[Step]:
     """Runs the reverse process, a step at a time: the only loop (Ho et al. 2020, Algorithm 2).
 
@@ -403,33 +404,72 @@ def denoise(
             not called for transitions that add none.
         x: Start from here instead of `noise(0)`.
         before: The x_0 of the step before the first of these, where there was one.
+        keep: Whether a step's arrays are its own to keep; the loop never writes to them again. If
+            not, they hold until the next step is asked for, and the loop takes no new memory.
 
     Yields:
-        A `Step` after each transition. Its arrays are its own; the loop never writes to them again.
+        A `Step` after each transition.
     """
     if x is None:
         x = noise(0)
+    memory = _Memory(keep=keep)
     for k, row in enumerate(table, start=1):
         out, v = split_variance(predicted(predict, x, row.t, before), x)
-        x0 = predicted_x0(row, x, out)
-        mean = row.x_from_x0 * x0 + row.x_from_x * x
+        x0, mean, spare = memory.of_step(x, out)
+        predicted_x0(row, x, out, into=x0, spare=spare)
+        np.multiply(x0, row.x_from_x0, out=mean)
+        mean += np.multiply(x, row.x_from_x, out=spare)
         if row.x_from_out:
-            mean += row.x_from_out * out
+            mean += np.multiply(out, row.x_from_out, out=spare)
         if row.x_from_before:
             if before is None:
                 raise ValueError(f"the step at t = {row.t} needs the x_0 of the step before")
-            mean += row.x_from_before * before
+            mean += np.multiply(before, row.x_from_before, out=spare)
         if row.x_from_noise:
             if row.log_std is None:
-                mean += row.x_from_noise * noise(k)
+                mean += np.multiply(noise(k), row.x_from_noise, out=spare)
             elif v is not None:
-                mean += np.exp(row.log_std[0] + row.log_std[1] * v) * noise(k)
+                np.multiply(v, row.log_std[1], out=spare)
+                spare += row.log_std[0]
+                np.exp(spare, out=spare)
+                spare *= noise(k)
+                mean += spare
             else:
                 raise ValueError(
                     f"the table needs a learned variance; the network gave {out.shape}"
                 )
         yield Step(k=k, t=row.t, x_t=x, out=out, x0=x0, x=mean, before=before)
         x, before = mean, x0
+
+
+class _Memory:
+    """Where a loop puts what its steps compute.
+
+    Args:
+        keep: Whether each step has arrays of its own, but for the spare one; if not, two steps take
+            turns, since one still reads what the one before it wrote.
+    """
+
+    def __init__(self, *, keep: bool) -> None:
+        self._keep = keep
+        self._spare: Samples | None = None
+        self._turns: list[tuple[Samples, Samples]] = []
+
+    def of_step(self, x: Samples, out: Samples) -> tuple[Samples, Samples, Samples]:
+        """Returns arrays for x_0, for x_s, and for what lies between."""
+        if self._spare is None:
+            self._spare = _like(x, out)
+        if self._keep:
+            return _like(x, out), _like(x, out), self._spare
+        if len(self._turns) < 2:
+            self._turns.append((_like(x, out), _like(x, out)))
+        else:
+            self._turns.reverse()
+        return *self._turns[-1], self._spare
+
+
+def _like(x: Samples, out: Samples) -> Samples:
+    return np.empty(x.shape, np.result_type(x, out))
 
 
 def predicted(predict: Predictor, x: Samples, t: int, before: Samples | None) -> Samples:
@@ -452,9 +492,25 @@ def looks_back(predict: Predictor, table: Table) -> bool:
     return isinstance(predict, SelfConditioned) or any(row.x_from_before for row in table)
 
 
-def predicted_x0(row: Transition, x: Samples, out: Samples) -> Samples:
-    """Returns the clean images that a network's output implies, clipped; shapes as in `Step`."""
-    x0 = row.x0_from_x * x + row.x0_from_out * out
+def predicted_x0(
+    row: Transition,
+    x: Samples,
+    out: Samples,
+    *,
+    into: Samples | None = None,
+    spare: Samples | None = None,
+) -> Samples:
+    """Returns the clean images that a network's output implies, clipped; shapes as in `Step`.
+
+    Args:
+        row: The step.
+        x: What the network was given.
+        out: What it gave.
+        into: Where to put them, and where to compute; new memory when None.
+        spare: As `into`.
+    """
+    x0: Samples = np.multiply(x, row.x0_from_x, out=into)
+    x0 += np.multiply(out, row.x0_from_out, out=spare)
     if row.clip is not None:
         np.clip(x0, -row.clip, row.clip, out=x0)
     return x0

@@ -207,6 +207,16 @@ def server_tensorrt_11(root: Path) -> System:
     )
 
 
+def server_rtx(root: Path) -> System:
+    """An H100 with TensorRT-RTX alone, which builds there and does not run."""
+    return desktop(
+        root,
+        *("onnxruntime 1.32.0", *PLANS, "tensorrt-rtx-cu13 1.7.1.116"),
+        imports={"onnxruntime": ONNXRUNTIME, "tensorrt_rtx": Imported(version="1.7.1.116")},
+        cuda=Cuda(version="13.0", gpus=(H100,)),
+    )
+
+
 def nothing(root: Path) -> System:
     return desktop(root, imports={}, cuda=NO_CUDA)
 
@@ -319,6 +329,7 @@ MACHINES: dict[str, Callable[[Path], System]] = {
         for make in (
             desktop_tensorrt_10,
             server_tensorrt_11,
+            server_rtx,
             nothing,
             rtx_without_gpu,
             gpu_and_no_runtime,

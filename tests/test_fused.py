@@ -139,3 +139,7 @@ def test_more_threads_draw_noise_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_
         assert noise_threads(engine) == 1
         engine.on_gpu = True
         assert noise_threads(engine) == 4
+        monkeypatch.setattr("os.cpu_count", lambda: 1)
+        assert noise_threads(engine) == 1
+        engine.on_gpu = False
+        assert noise_threads(engine) == 0

@@ -72,6 +72,33 @@ def test_the_draws_are_what_they_always_were() -> None:
     np.testing.assert_array_max_ulp(SeededNoise(7, [0], (4,))(0)[0], recorded, maxulp=1)
 
 
+@pytest.mark.parametrize(
+    ("count", "shape"),
+    [(1, (1,)), (3, (5, 5, 3)), (70, (1, 8, 8)), (40, (501,)), (2, (3, 64, 64))],
+)
+def test_the_draws_are_the_bits_of_the_formula_written_plainly(
+    count: int, shape: tuple[int, ...]
+) -> None:
+    """Memory that is used again, and rows that are computed together, change no bit."""
+    draws = SeededNoise(5, range(7, 7 + count), shape)(3)
+    size = math.prod(shape)
+    for image, drawn in zip(range(7, 7 + count), draws, strict=True):
+        key = np.array([5, image], dtype=np.uint64)
+        philox = np.random.Philox(counter=np.array([0, 0, 3, 0], dtype=np.uint64), key=key)
+        words = philox.random_raw(size + size % 2)
+        uniform = ((words >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53
+        radius = np.sqrt(-2.0 * np.log(uniform[0::2]))
+        angle = 2.0 * math.pi * uniform[1::2]
+        normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+        assert drawn.tobytes() == normal.ravel()[:size].astype(np.float32).tobytes()
+
+
+def test_several_steps_at_once_are_the_numbers_of_a_call_each() -> None:
+    noise = SeededNoise(3, [4, 9], (5,))
+    steps = [0, 7, 2, 2**40]
+    np.testing.assert_array_equal(noise.of(steps), [noise(k) for k in steps])
+
+
 @settings(max_examples=50, deadline=None)  # the machine may be busy
 @given(
     st.integers(0, 2**64 - 1),
@@ -173,6 +200,18 @@ def test_noise_drawn_ahead_is_the_same_noise(threads: int) -> None:
     noise = SeededNoise(5, range(3), SHAPE)
     with Ahead(noise, range(1, 9), threads=threads) as ahead:
         for k in (*range(1, 9), 0, 3):  # those that were announced, and others
+            np.testing.assert_array_equal(ahead(k), noise(k))
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_small_steps_are_drawn_together(threads: int) -> None:
+    """Of 64 numbers each; a call for each would take ten times as long as the numbers."""
+    noise = SeededNoise(5, [0], (1, 8, 8))
+    steps = range(1, 3 * noise.together)
+    assert noise.together > 100
+    assert SeededNoise(5, range(64), (3, 32, 32)).together == 1
+    with Ahead(noise, steps, threads=threads) as ahead:
+        for k in (2, *steps, 2):  # 2 is asked for before its turn, and after it
             np.testing.assert_array_equal(ahead(k), noise(k))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -88,9 +89,11 @@ def test_a_stopped_run_continues_with_the_same_bytes(tmp_path: Path, engine: Eng
     draw(tmp_path / "whole", engine, count=8)
     run = Run(folder=tmp_path / "run", engine=engine, recipe=Recipe(), count=8, batch=3)
     run.prepare()
-    stopped = list(islice(run.draw(on_step=lambda _: None), 4))
-    assert run.missing() == 4
+    with closing(run.draw(on_step=lambda _: None)) as drawing:
+        stopped = list(islice(drawing, 4))
+    assert run.missing() == 2  # the batch of the fourth is written to its end
     drawn = draw(tmp_path / "run", engine, count=8)
+    assert len(drawn) == 2
     assert not set(stopped) & set(drawn)
     assert pictures(tmp_path / "run") == pictures(tmp_path / "whole")
 

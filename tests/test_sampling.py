@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -37,6 +38,7 @@ from ddpm_deploy.sampling import (
     log_variance_range,
     split_variance,
 )
+from ddpm_deploy.solvers import dpmpp_2m
 from tests.conftest import DATA, GaussianPredictor
 
 SHAPE = (3, 4, 4)
@@ -425,6 +427,47 @@ def test_a_step_says_what_it_did_and_its_arrays_stay() -> None:
     np.testing.assert_array_equal(steps[-1].x, steps[-1].x0)  # the last mean is x_0 itself
     for before, after in itertools.pairwise(steps):
         np.testing.assert_array_equal(before.x, after.x_t)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pytest.param(ddpm(LINEAR, 9), id="ddpm"),
+        pytest.param(ddpm(LINEAR, 9, variance="learned_range"), id="ddpm, learned"),
+        pytest.param(ddim(LINEAR, 9, eta=0.5, direction="network"), id="ddim"),
+        pytest.param(dpmpp_2m(LINEAR, 9), id="dpmpp_2m, which looks back"),
+    ],
+)
+def test_a_loop_that_keeps_nothing_gives_the_same_bits(table: Table) -> None:
+    noise = SeededNoise(2, range(3), SHAPE)
+    start = noise(0)
+    for step, kept in zip(
+        denoise(with_v(0.3), table, noise, x=start, keep=False),
+        denoise(with_v(0.3), table, noise, x=start),
+        strict=True,
+    ):
+        for name in ("x_t", "out", "x0", "x"):
+            assert getattr(step, name).tobytes() == getattr(kept, name).tobytes(), name
+        assert (step.before is None) == (kept.before is None)
+        if step.before is not None and kept.before is not None:
+            assert step.before.tobytes() == kept.before.tobytes()
+    np.testing.assert_array_equal(start, noise(0))  # the caller's
+
+
+def test_a_loop_that_keeps_nothing_takes_no_memory_after_its_second_step() -> None:
+    shape = (4, 3, 64, 64)
+    out = np.ones(shape, np.float32)
+    loop = denoise(lambda x, t: out, ddpm(LINEAR, 50), lambda k: out, keep=False)
+    next(loop), next(loop)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in loop:
+            pass
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most - before < out.nbytes / 20  # the timesteps, and Python's own
 
 
 def test_a_loop_can_start_from_a_given_state() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -128,11 +129,18 @@ def command(
             return missing - drawn
 
         try:
-            with Progress(f"sampling on {opened.name}", rows * blocks, "steps") as progress:
-                for _ in run.draw(
-                    gif=gif_path,
-                    on_step=lambda _: progress.advance(extra=f"{count - left()} of {count} images"),
-                ):
+            with (
+                Progress(f"sampling on {opened.name}", rows * blocks, "steps") as progress,
+                closing(
+                    run.draw(
+                        gif=gif_path,
+                        on_step=lambda _: progress.advance(
+                            extra=f"{count - left()} of {count} images"
+                        ),
+                    )
+                ) as paths_drawn,
+            ):
+                for _ in paths_drawn:
                     drawn += 1
                 seconds = progress.seconds
         except (KeyboardInterrupt, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ddpm_deploy.capability import rtx_runs_on
 from ddpm_deploy.doctor.findings import (
     has_cuda_provider,
     is_foreign_onnxruntime,
@@ -15,8 +16,6 @@ from ddpm_deploy.doctor.system import System
 PLAN_PACKAGES = ("polygraphy", "cuda-bindings")
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 TRAIN_PACKAGES = ("torch", "lightning-fabric", "tensorboard")
-# Compute capabilities in NVIDIA's support matrices of TensorRT-RTX.
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 JETPACK_TENSORRT = "sudo apt install nvidia-jetpack && pip install 'ddpm-deploy[jetson]'"
 
 
@@ -101,7 +100,9 @@ def _build_plan(system: System) -> Ability:
 
 
 def _sample_plan(system: System) -> Ability:
-    plans = _tensorrt_plans(system) + (_rtx_plans(system) if system.cuda.gpus else [])
+    plans = _tensorrt_plans(system)
+    if system.cuda.gpus and _rtx_runs_here(system):
+        plans += _rtx_plans(system)
     if plans and "cuda-bindings" in system.distributions:
         return Ability(command="sample -e unet.plan", ok=True, detail="; ".join(plans))
     if plans:
@@ -126,10 +127,15 @@ def _rtx_plans(system: System) -> list[str]:
     if not version or system.jetson is not None:  # NVIDIA lists no Jetson for TensorRT-RTX
         return []
     plan = f"TensorRT-RTX {version}, for GeForce and RTX GPUs"
-    for gpu in system.cuda.gpus[:1]:
-        if gpu.compute_capability not in RTX_CAPABILITIES:
-            plan += f"; NVIDIA does not list compute capability {gpu.compute_capability} for it"
+    if not _rtx_runs_here(system):
+        gpu = system.cuda.gpus[0]
+        return [f"{plan} elsewhere: it runs on none of compute capability {gpu.compute_capability}"]
     return [plan if system.cuda.gpus else f"{plan} elsewhere, ahead of time"]
+
+
+def _rtx_runs_here(system: System) -> bool:
+    """Tells whether the GPU here, if there is one, runs TensorRT-RTX's plans."""
+    return all(rtx_runs_on(gpu.compute_capability) for gpu in system.cuda.gpus[:1])
 
 
 def _no_plan(system: System) -> str:
@@ -140,6 +146,12 @@ def _no_plan(system: System) -> str:
         return f"TensorRT {version} builds only where its GPU is, and CUDA does not start"
     if system.jetson is not None:
         return "needs TensorRT, which comes with JetPack"
+    if not _rtx_runs_here(system):
+        gpu = system.cuda.gpus[0]
+        return (
+            f"needs TensorRT: TensorRT-RTX does not run on {gpu.name} (compute capability "
+            f"{gpu.compute_capability})"
+        )
     if system.cuda.gpus:
         return "needs TensorRT: [tensorrt], or [rtx] for a GeForce or RTX GPU"
     return (

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_deploy.engines.flavour import LABELS, Flavour, installed, installed_version
+from ddpm_deploy.capability import rtx_runs_on
+from ddpm_deploy.engines.flavour import LABELS, Flavour, extra, installed, installed_version
 from ddpm_deploy.engines.plan import PlanRecord, read_record, rebuild_command, this_platform
-from ddpm_deploy.errors import PlanMismatchError
+from ddpm_deploy.errors import EngineError, PlanMismatchError
 
 AMPERE = "8.0"
 """The compute capability from which on a plan runs that names none."""
@@ -107,7 +108,16 @@ def check_device(plan: Path, record: PlanRecord, name: str, capability: str) -> 
 
     Raises:
         PlanMismatchError: It is for GPUs of another compute capability, or for one other GPU.
+        EngineError: Its flavour runs on no such GPU, so that no other build of it would either.
     """
+    if record.flavour == "tensorrt_rtx" and not rtx_runs_on(capability):
+        raise EngineError(
+            f"{plan} is for {record.runtime}, which runs on no GPU of compute capability "
+            f"{capability}, and this {name} is one; TensorRT runs on it.",
+            hint=f"pip install 'ddpm-deploy[{extra('tensorrt')}]', and build with it: ddpm-deploy "
+            f"build {record.graph} --{record.precision} --runtime tensorrt\n"
+            f"Or run the graph on the CPU: --engine {record.graph}",
+        )
     again = rebuild_command(record, plan)
     if record.flavour == "tensorrt_rtx":  # its plans are for the capabilities that are named
         again = f"{again} --compute-capability {capability}"

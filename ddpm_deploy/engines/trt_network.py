@@ -15,11 +15,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ddpm_deploy.engines.flavour import extra
 from ddpm_deploy.engines.plan import PlanRecord, rebuild_hint
 from ddpm_deploy.engines.runtime_cache import RuntimeCache
 from ddpm_deploy.errors import EngineError
 
 _TO_LESSEN_MEMORY = "If memory ran out, type a smaller --batch."
+
+
+_ANOTHER_GPU = "compute capabilit"
+"""In what both flavours say of a plan that is not for the GPU it is loaded on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +78,10 @@ class TrtNetwork:
             runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(plan.read_bytes())
         if engine is None:
+            said = self._log.last()
             raise EngineError(
-                f"{record.runtime} cannot load {plan}: {self._log.last()}",
-                hint=f"{_TO_LESSEN_MEMORY} {rebuild_hint(record, plan)}",
+                f"{record.runtime} cannot load {plan}: {said}",
+                hint=load_hint(said, record, plan),
             )
         self._runtime, self._engine = runtime, engine
         self.tensors = {tensor.name: tensor for tensor in self._tensors()}
@@ -225,3 +231,13 @@ def _logger(trt: Any) -> Any:
             return said or "it gives no reason."
 
     return Log()
+
+
+def load_hint(words: str, record: PlanRecord, plan: Path) -> str:
+    """Returns what to do about a plan that does not load, by what the runtime said."""
+    if _ANOTHER_GPU in words:
+        return (
+            f"It is not for this GPU. {rebuild_hint(record, plan)} Or with TensorRT: pip install "
+            f"'ddpm-deploy[{extra('tensorrt')}]'"
+        )
+    return f"{_TO_LESSEN_MEMORY} {rebuild_hint(record, plan)}"

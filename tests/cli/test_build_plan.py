@@ -18,11 +18,13 @@ from ddpm_deploy.engines import device as device_module
 from ddpm_deploy.engines import flavour as flavour_module
 from ddpm_deploy.engines import trt_build
 from ddpm_deploy.engines.build_settings import BuildSettings
+from ddpm_deploy.engines.cuda import Cuda
+from ddpm_deploy.engines.device import Device
 from ddpm_deploy.engines.flavour import installed
 from ddpm_deploy.engines.plan import PlanRecord, read_record
 from ddpm_deploy.engines.trt import TrtEngine
 from ddpm_deploy.engines.trt_build import Building, Prepared
-from ddpm_deploy.errors import PlanMismatchError
+from ddpm_deploy.errors import EngineError, PlanMismatchError
 from ddpm_deploy.export import prepare as prepare_module
 from ddpm_deploy.export.precision import recorded
 from ddpm_deploy.export.prepare import Lowered
@@ -384,6 +386,27 @@ def test_a_plan_for_other_gpus_is_built_without_the_comparison(
     outcome = build("--fp16")
     assert outcome.code == 0
     assert "the plan was not compared with its graph here: it is for another GPU." in outcome.err
+
+
+@rtx
+def test_a_plan_that_this_gpu_will_not_run_is_built_and_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    h100 = Device(
+        name="NVIDIA H100", compute_capability="9.0", memory=1, integrated=False, driver="13.0"
+    )
+    monkeypatch.setattr(device_module, "find_device", lambda: h100)
+    monkeypatch.setattr(Cuda, "open", lambda: Cuda(h100))
+    outcome = build("--fp16")
+    assert outcome.code == 0
+    assert "runs on no GPU of compute capability 9.0, and this NVIDIA H100 is one; TensorRT" in (
+        " ".join(outcome.err.split())
+    )
+    assert run("inspect", str(PLAN)).code == 0
+    with pytest.raises(EngineError, match=r"runs on no GPU of compute capability 9\.0") as caught:
+        open_engine(PLAN)
+    assert "memory" not in caught.value.hint
+    assert "ddpm-deploy[tensorrt]" in caught.value.hint
 
 
 @rtx

@@ -180,8 +180,28 @@ def test_what_fits_is_not_refused() -> None:
     check_device(PLAN, record(), "Orin", "8.7")
     check_device(PLAN, record(hardware_compatible=True), "NVIDIA A100", "8.0")
     check_device(PLAN, record(compute_capabilities=("8.7", "8.6"), device=""), "RTX A2000", "8.6")
-    for capability in ("8.0", "8.6", "9.0", "10.0", "12.0"):
+    for capability in ("8.0", "8.6", "8.9", "12.0", "12.1", "13.0"):
         check_device(PLAN, RTX, "some GPU", capability)
+
+
+@pytest.mark.parametrize("capability", ["8.7", "9.0", "10.0", "10.3", "11.0"])
+@pytest.mark.parametrize("named", [(), ("8.6", "12.0")])
+def test_a_gpu_that_tensorrt_rtx_does_not_run_on_is_told_of_tensorrt(
+    capability: str, named: tuple[str, ...]
+) -> None:
+    """Measured on an H100: release 1.7.1 builds there, and does not load what it built."""
+    plan = replace(RTX, compute_capabilities=named)
+    with pytest.raises(EngineError) as caught:
+        check_device(PLAN, plan, "NVIDIA H100 80GB HBM3", capability)
+    assert not isinstance(caught.value, PlanMismatchError)  # another build would not run either
+    assert str(caught.value).endswith(
+        f"which runs on no GPU of compute capability {capability}, and this NVIDIA H100 80GB HBM3 "
+        "is one; TensorRT runs on it."
+    )
+    assert "pip install 'ddpm-deploy[tensorrt]'" in caught.value.hint
+    assert "--runtime tensorrt" in caught.value.hint
+    assert f"--engine {plan.graph}" in caught.value.hint
+    check_device(PLAN, record(), "Orin", "8.7")  # TensorRT itself runs on all of them
 
 
 @pytest.mark.parametrize(

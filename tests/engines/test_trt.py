@@ -16,6 +16,7 @@ from ddpm_deploy import SeededNoise, open_engine
 from ddpm_deploy.arrays import Samples
 from ddpm_deploy.engines.plan import Profile
 from ddpm_deploy.engines.trt import TrtEngine
+from ddpm_deploy.engines.trt_network import load_hint
 from ddpm_deploy.errors import EngineError, EngineInputError
 from ddpm_deploy.sampling import denoise
 from tests.engines.host_gpu import HostCuda, HostNetwork
@@ -62,6 +63,19 @@ def test_a_plan_s_precision_is_its_sidecar_s(opened: Open, precision: str) -> No
 def test_a_plan_is_given_the_batch_that_it_is_fastest_at(opened: Open) -> None:
     engine, _, _ = opened("1:1:1", "1:4:8")
     assert engine.best_batch == 4
+
+
+def test_what_a_runtime_says_of_another_gpu_is_not_taken_for_want_of_memory() -> None:
+    """In TensorRT-RTX 1.7.1's words on an H100."""
+    said = (
+        "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on "
+        "this GPU, which has compute capability 9.0. Supported compute capabilities: 8.0 8.6)"
+    )
+    hint = load_hint(said, record(), Path("unet.plan"))
+    assert hint.startswith("It is not for this GPU. ")
+    assert "ddpm-deploy[tensorrt]" in hint
+    assert "memory" not in hint
+    assert "memory" in load_hint("Error Code 2: OutOfMemory", record(), Path("unet.plan"))
 
 
 def test_without_a_gpu_the_graph_s_own_name_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
 
 from ddpm_deploy import Engine, SeededNoise, open_engine
+from ddpm_deploy.capability import rtx_runs_on
 from ddpm_deploy.engines import match
 from ddpm_deploy.engines.cuda import Cuda
 from ddpm_deploy.engines.flavour import Flavour, installed, load
@@ -36,14 +37,13 @@ CLASSES = 3
 PROFILES = (Profile(least=1, best=2, most=2), Profile(least=2, best=8, most=8))
 
 
-def build(graph: Path, flavour: Flavour, plan: Path, *, capability: str = "") -> Path:
+def build(graph: Path, flavour: Flavour, plan: Path) -> Path:
     """Builds a plan and its sidecar with the runtime's own interface, in a few lines.
 
     Args:
         graph: The network.
         flavour: What builds.
         plan: Where to.
-        capability: Member of `ComputeCapability`, for TensorRT-RTX; its default when empty.
     """
     trt: Any = load(flavour)
     logger = trt.Logger(trt.Logger.ERROR)
@@ -57,9 +57,6 @@ def build(graph: Path, flavour: Flavour, plan: Path, *, capability: str = "") ->
     assert parser.parse_from_file(str(graph))
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # what is compared below is float32
-    if capability:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
     for profile in PROFILES:
         shapes = builder.create_optimization_profile()
         for i in range(network.num_inputs):
@@ -163,21 +160,16 @@ def opened(request: pytest.FixtureRequest, graphs: Path, tmp_path: Path) -> Open
     if flavour not in installed():
         pytest.skip(f"{flavour} is not installed")
     try:
-        Cuda.open()
+        device = Cuda.open().device
     except EngineError as error:
         pytest.skip(f"no GPU: {error}")
+    if flavour == "tensorrt_rtx" and not rtx_runs_on(device.compute_capability):
+        pytest.skip(f"TensorRT-RTX does not run on compute capability {device.compute_capability}")
 
     def make(name: str = "unet", *, graphs_on: bool = True) -> TrtEngine:
         graph, plan = graphs / f"{name}.onnx", tmp_path / f"{name}.plan"
         if not plan.exists():
             build(graph, flavour, plan)
-        try:
-            return TrtEngine.open(plan, checked_record(plan), graphs=graphs_on)
-        except EngineError:
-            if flavour != "tensorrt_rtx":
-                raise
-        # A GPU that TensorRT-RTX does not name may run what is for the oldest of its family.
-        build(graph, flavour, plan, capability="SM80")
         return TrtEngine.open(plan, checked_record(plan), graphs=graphs_on)
 
     return make

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 from onnx import TensorProto, parser
 from onnx.reference import ReferenceEvaluator
@@ -194,6 +193,7 @@ def test_a_float32_graph_is_its_own_rounded_graph(model: onnx.ModelProto, tmp_pa
 def test_onnx_runtime_and_openvino_load_and_run_the_mixed_graph(
     model: onnx.ModelProto, tmp_path: Path
 ) -> None:
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     path = tmp_path / "unet.fp16.onnx"
     onnx.save_model(convert(model, "fp16").model, path)
     wanted = run(model, tmp_path)

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Literal, cast
 
 import pytest
+
+pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
