@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ddpm_deploy.precision import Precision
     from ddpm_deploy.runtime import Arithmetic, Runtime, RuntimeRecord
 
+LONGEST = 4.0
+"""Seconds that the calls of one batch may take while the best batch is looked for."""
+
 _SUFFIX = {"onnxruntime": "ort", "openvino": "ov", "auto": "cpu"}
 
 
@@ -224,9 +227,9 @@ def _tuner(threads: int | None, device: str) -> Tune:
     """Returns what measures an engine: its batch and, for OpenVINO, its streams."""
 
     def tune(engine: Engine, record: RuntimeRecord) -> RuntimeRecord:
-        from ddpm_deploy.run import default_batch
+        from ddpm_deploy.tuning import best_batch
 
-        batch = default_batch(engine.spec)
+        batch = best_batch(engine, longest=LONGEST)
         record = replace(record, best_batch=batch)
         if record.runtime != "openvino":
             return record
