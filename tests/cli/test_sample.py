@@ -75,6 +75,10 @@ def test_json_says_what_was_drawn_and_where() -> None:
     )
     assert report["engine"]["name"] == "onnxruntime CPU"
     assert report["seconds"] > 0
+    timing = json.loads(Path("run/run.json").read_text())["timing"]
+    assert timing["seconds to the first step"] > 0  # from the start of the process
+    sample("-n", 5, "-o", "run", "--batch", 3)  # which draws nothing
+    assert "seconds to the first step" not in Path("run/run.json").read_text()
     assert "run holds 2 of 5 images; 3 to draw" in outcome.err
 
 
