@@ -498,7 +498,8 @@ class Run:
         """Writes `grid.png` and the final `run.json`; returns their paths.
 
         Args:
-            timing: What to record of this invocation: seconds, steps per second.
+            timing: What to record of this invocation: seconds, steps per second, and the seconds
+                from the start of the process until the first step was done.
 
         Raises:
             RunError: One of the images in the folder is damaged.

@@ -79,6 +79,7 @@ def command(
     """
     from ddpm_deploy.cli.rebuild import open_or_rebuild
     from ddpm_deploy.noise import SeededNoise
+    from ddpm_deploy.process import seconds_since_start
     from ddpm_deploy.run import GIF_NAME, NPZ_NAME, Run, batch_for, recorded_batch
 
     with open_or_rebuild(
@@ -124,6 +125,7 @@ def command(
         gif_path = output / GIF_NAME if gif else None
         blocks = sum(1 for _ in run.blocks(gif=gif_path))
         drawn = 0
+        first_step: float | None = None
 
         def left() -> int:
             return missing - drawn
@@ -131,15 +133,15 @@ def command(
         try:
             with (
                 Progress(f"sampling on {opened.name}", rows * blocks, "steps") as progress,
-                closing(
-                    run.draw(
-                        gif=gif_path,
-                        on_step=lambda _: progress.advance(
-                            extra=f"{count - left()} of {count} images"
-                        ),
-                    )
-                ) as paths_drawn,
+                closing(run.draw(gif=gif_path, on_step=lambda _: advance())) as paths_drawn,
             ):
+
+                def advance() -> None:
+                    nonlocal first_step
+                    if first_step is None:
+                        first_step = seconds_since_start()
+                    progress.advance(extra=f"{count - left()} of {count} images")
+
                 for _ in paths_drawn:
                     drawn += 1
                 seconds = progress.seconds
@@ -154,6 +156,7 @@ def command(
                 "seconds": seconds,
                 "images drawn": drawn,
                 "steps per second": rows * blocks / max(seconds, 1e-9),
+                **({} if first_step is None else {"seconds to the first step": first_step}),
             }
         )
         if gif_path:

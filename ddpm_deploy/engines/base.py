@@ -45,6 +45,7 @@ class Engine(ABC):
     precision: Precision = "fp32"
     best_batch: int | None = None
     on_gpu: bool = False
+    _sha256: str | None = None
 
     def __call__(self, x: Samples, t: Timesteps, **conditions: Array) -> Samples:
         """Runs the network once.
@@ -73,8 +74,11 @@ class Engine(ABC):
 
     @property
     def sha256(self) -> str:
-        """The hash of its file; of a folder's files, the checkpoint's."""
-        return sha256(self.path) if self.path.is_file() else self.spec.checkpoint_sha256
+        """The hash of its file, computed once; of a folder's files, the checkpoint's."""
+        if self._sha256 is None:
+            is_file = self.path.is_file()
+            self._sha256 = sha256(self.path) if is_file else self.spec.checkpoint_sha256
+        return self._sha256
 
     def stepper(self, n: int) -> Stepper:
         """Returns the loop's state for n samples, kept where the runtime computes.
@@ -345,7 +349,8 @@ def check_path(path: Path) -> None:
 def read_spec(path: str | Path) -> ModelSpec:
     """Returns what a network is, on any machine that can read its file.
 
-    A plan is not loaded: its sidecar says it, wherever the plan was built for.
+    A graph and a plan are not loaded: the one's metadata and the other's sidecar say it, wherever
+    the file was made for.
 
     Args:
         path: As for `open_engine`.
@@ -360,6 +365,8 @@ def read_spec(path: str | Path) -> ModelSpec:
         from ddpm_deploy.engines.plan import read_record  # noqa: PLC0415
 
         return read_record(path).spec
+    if path.suffix == ".onnx":
+        return ModelSpec.from_metadata(read_metadata(path), source=str(path))
     with open_engine(path, device="cpu") as engine:
         return engine.spec
 

@@ -18,7 +18,6 @@ from ddpm_deploy.arrays import Array, Samples
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.engines.runtime_cache import RuntimeCache
 from ddpm_deploy.errors import EngineError
-from ddpm_deploy.files import sha256
 from ddpm_deploy.fused import METADATA_KEY as STEP_KEY
 from ddpm_deploy.fused import check_inputs, is_fused
 from ddpm_deploy.onnx_metadata import read_metadata
@@ -93,16 +92,8 @@ class OpenVinoEngine(Engine):
         self._compiled: OrderedDict[int, _Compiled] = OrderedDict()
         self._cached = not cache
         self._model: Any = None
-        self._sha256: str | None = None
         if not RuntimeCache(path, {}).path.is_file():  # or the file would be read in vain
             self._check_network(self._read().inputs)
-
-    @property
-    def sha256(self) -> str:
-        """The file's hash, computed once."""
-        if self._sha256 is None:
-            self._sha256 = sha256(self.path)
-        return self._sha256
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
         n = len(feeds["x"])

@@ -75,6 +75,10 @@ def test_json_says_what_was_drawn_and_where() -> None:
     )
     assert report["engine"]["name"] == "onnxruntime CPU"
     assert report["seconds"] > 0
+    timing = json.loads(Path("run/run.json").read_text())["timing"]
+    assert timing["seconds to the first step"] > 0  # from the start of the process
+    sample("-n", 5, "-o", "run", "--batch", 3)  # which draws nothing
+    assert "seconds to the first step" not in Path("run/run.json").read_text()
     assert "run holds 2 of 5 images; 3 to draw" in outcome.err
 
 
@@ -204,9 +208,9 @@ def test_labels_and_guidance_reach_the_network() -> None:
         (["-e", "unet.plan"], "There is no file unet.plan"),
         (["-e", "notes.txt"], "notes.txt is not an engine: its suffix is '.txt'."),
         (["-e", "."], ". is a folder; an engine is a file."),
-        (["-e", "garbage.onnx"], "cannot load garbage.onnx"),
+        (["-e", "garbage.onnx"], "garbage.onnx cannot be read as an ONNX file"),
         (["-e", "empty.onnx"], "cannot load empty.onnx"),
-        (["-e", "short.onnx"], "cannot load short.onnx"),
+        (["-e", "short.onnx"], "short.onnx cannot be read as an ONNX file"),
         (["-e", "bare.onnx"], "bare.onnx carries no ddpm-deploy spec"),
         (["-e", "later.onnx"], "The spec in later.onnx has format 99"),
         (["-e", "damaged.onnx"], "The spec in damaged.onnx is damaged (not JSON"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ddpm_deploy import Condition, Engine, ModelSpec, open_engine
+from ddpm_deploy.engines import base as base_module
 from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES, read_spec
 from ddpm_deploy.errors import (
     EngineError,
@@ -17,6 +18,7 @@ from ddpm_deploy.errors import (
     MissingDependencyError,
     SpecError,
 )
+from ddpm_deploy.files import sha256
 from tests.engines.plans import BYTES, record, write_plan
 from tests.support import tiny_spec, write_checkpoint, write_graph
 
@@ -158,6 +160,32 @@ def test_a_spec_is_read_of_every_kind_of_file(tmp_path: Path) -> None:
     assert read_spec(checkpoint) == open_engine(checkpoint).spec
 
 
+def test_a_graph_s_spec_is_read_without_a_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_graph(tmp_path / "unet.onnx", tiny_spec(classes=3))
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert read_spec(path) == tiny_spec(classes=3)
+    with pytest.raises(SpecError, match=r"bare\.onnx carries no ddpm-deploy spec"):
+        read_spec(write_graph(tmp_path / "bare.onnx", None))
+
+
+def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_graph(tmp_path / "unet.onnx", tiny_spec())
+    wanted = sha256(path)
+    hashed: list[Path] = []
+
+    def noted(path: Path) -> str:
+        hashed.append(path)
+        return sha256(path)
+
+    monkeypatch.setattr(base_module, "sha256", noted)
+    with open_engine(path) as engine:
+        assert engine.sha256 == engine.sha256 == wanted
+    assert hashed == [path]
+
+
 def test_a_spec_is_not_read_of_a_plan_that_was_changed(tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "unet.plan", content=BYTES[:-1])
     with pytest.raises(EngineError, match="It was cut short"):
@@ -178,7 +206,8 @@ def test_a_runtime_that_is_not_installed_is_asked_for(
     ]:
         if not name.endswith(".base"):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in {package, "openvino"}:  # which would run the graph instead
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependencyError, match=f"{package} is needed here") as caught:
         open_engine(tmp_path / file)
     assert caught.value.hint == f"pip install 'ddpm-deploy[{extra}]'"
