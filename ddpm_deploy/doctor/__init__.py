@@ -89,6 +89,7 @@ def machine(system: System | None = None) -> dict[str, Any]:
     return {
         "platform": system.platform,
         "processor": system.processor,
+        "cpu": system.cpu,
         "python": system.python,
         "cores": system.cores,
         "memory": system.memory(),

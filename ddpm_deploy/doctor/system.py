@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -163,6 +163,26 @@ class System:
         """Returns a line of /proc/meminfo in bytes; None where there is no such file."""
         found = re.search(rf"^{what}:\s+(\d+) kB", self.read("/proc/meminfo"), re.MULTILINE)
         return int(found.group(1)) * 1024 if found else None
+
+    @cached_property
+    def cpu(self) -> str:
+        """The CPU's name, as it says it itself; empty where it does not, as on ARM."""
+        found = re.search(r"^model name\s*:\s*(.+)$", self.read("/proc/cpuinfo"), re.MULTILINE)
+        return found.group(1).strip() if found else ""
+
+    def physical_cores(self, allowed: Collection[int]) -> int:
+        """Counts cores, of which one may run two threads, that are units of arithmetic.
+
+        Args:
+            allowed: Numbers of the processors that may be used.
+        """
+        cores = set()
+        for text in self.read("/proc/cpuinfo").split("\n\n"):
+            said = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", text, re.MULTILINE))
+            number = said.get("processor", "")
+            if number.isdecimal() and int(number) in allowed:
+                cores.add((said.get("physical id"), said.get("core id", number)))
+        return len(cores) or len(allowed)
 
     @property
     def is_isolated(self) -> bool:

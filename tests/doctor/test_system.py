@@ -28,6 +28,28 @@ def test_this_machine_is_plain_json() -> None:
     assert here["free_disk"] > 0
 
 
+CPUINFO = """processor\t: {0}
+model name\t: Some CPU @ 2.60GHz
+physical id\t: 0
+core id\t\t: {1}
+"""
+
+
+def test_a_core_of_two_threads_is_one_core(tmp_path: Path) -> None:
+    write(tmp_path, "/proc/cpuinfo", "\n".join(CPUINFO.format(i, i % 4) for i in range(8)))
+    here = replace(nothing(tmp_path), root=tmp_path)
+    assert here.cpu == "Some CPU @ 2.60GHz"
+    assert here.physical_cores(range(8)) == 4
+    assert here.physical_cores([0, 1, 5]) == 2  # 1 and 5 are one core
+
+
+def test_where_cpuinfo_names_no_cores_each_processor_is_one(tmp_path: Path) -> None:
+    here = replace(nothing(tmp_path), root=tmp_path)
+    assert (here.cpu, here.physical_cores(range(6))) == ("", 6)
+    write(tmp_path, "/proc/cpuinfo", "processor\t: 0\n\nprocessor\t: 1\n\nModel\t: a board\n")
+    assert (here.cpu, here.physical_cores(range(2))) == ("", 2)
+
+
 def test_this_machines_packages_are_those_of_its_metadata() -> None:
     import onnxruntime
 
