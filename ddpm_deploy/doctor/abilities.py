@@ -41,8 +41,9 @@ def abilities(system: System) -> Iterator[Ability]:
     onnxruntime = system.runs("onnxruntime")
     yield _export(system, onnxruntime)
     yield _onnx(system, "build", "float32, for ONNX Runtime", onnxruntime)
+    yield _openvino(system)
     yield _build_plan(system)
-    yield _onnx(system, "sample -e unet.onnx", "ONNX Runtime", onnxruntime)
+    yield _sample_graph(system, onnxruntime)
     yield _sample_plan(system)
     yield _needing(system, "sample -e model.pt", ("torch",), "export")
     yield _needing(system, "train", TRAIN_PACKAGES, "train")
@@ -85,6 +86,32 @@ def _onnx(system: System, command: str, what: str, version: str) -> Ability:
     if has_cuda_provider(system) and system.cuda.gpus and not is_foreign_onnxruntime(system):
         where = f"{system.cuda.gpus[0].name} through CUDA, or the CPU"
     return Ability(command=command, ok=True, detail=f"{what} {version}, on {where}")
+
+
+def _openvino(system: System) -> Ability:
+    command, version = "build --runtime openvino", _openvino_version(system)
+    missing = [] if version else ["openvino"]
+    missing += [] if "onnx" in system.distributions else ["onnx"]
+    if missing:
+        return Ability(
+            command=command,
+            ok=False,
+            detail="needs " + " and ".join(missing),
+            fix="pip install 'ddpm-deploy[openvino]'",
+        )
+    detail = f"OpenVINO {version}, on the CPU: float32, bfloat16, int8"
+    return Ability(command=command, ok=True, detail=detail)
+
+
+def _openvino_version(system: System) -> str:
+    return system.runs("openvino").split("-")[0]  # it names its commit, too
+
+
+def _sample_graph(system: System, onnxruntime: str) -> Ability:
+    command, version = "sample -e unet.onnx", _openvino_version(system)
+    if version and not onnxruntime:
+        return Ability(command=command, ok=True, detail=f"OpenVINO {version}, on the CPU")
+    return _onnx(system, command, "ONNX Runtime", onnxruntime)
 
 
 def _build_plan(system: System) -> Ability:

@@ -29,6 +29,7 @@ RUNTIMES = {
         "onnxruntime-qnn",
         "onnxruntime-training",
     ),
+    "openvino": ("openvino",),
     # Of TensorRT's, the first says its version: it requires the others.
     "tensorrt": (
         "tensorrt",
