@@ -35,6 +35,7 @@ class Engine(ABC):
         fused: Whether the sampler's step is fused behind the network, so that it has a `stepper`.
         precision: What most of it computes in: `fp32`, `fp16`, `bf16` or `int8`.
         best_batch: The batch that it was built to be fastest at; None where it was not built so.
+        rounds_input: Whether the network reads x in bfloat16.
         on_gpu: Whether it runs on a GPU, which leaves the host's cores to draw noise.
     """
 
@@ -44,6 +45,7 @@ class Engine(ABC):
     fused: bool = False
     precision: Precision = "fp32"
     best_batch: int | None = None
+    rounds_input: bool = False
     on_gpu: bool = False
     _sha256: str | None = None
 

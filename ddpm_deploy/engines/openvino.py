@@ -81,6 +81,7 @@ class OpenVinoEngine(Engine):
             plain = "fp32" if self.record.precision == "bf16" else self.record.precision
             self.record = replace(self.record, arithmetic="f32", precision=plain)
         self.precision = self.record.precision
+        self.rounds_input = self.record.arithmetic == "bf16"
         self.best_batch = self.record.best_batch
         self.name = f"openvino CPU {self.precision}"
         if is_fused(metadata.get(STEP_KEY), source=str(path)):

@@ -13,6 +13,7 @@ from ddpm_deploy.parity import BUDGETS, TOLERANCE
 from ddpm_deploy.verify.measures import LARGER_IS_BETTER, Measure
 
 if TYPE_CHECKING:
+    from ddpm_deploy.schedule import Schedule
     from ddpm_deploy.verify.compare import StepErrors
 
 ErrorKind = Literal["local", "accumulated"]
@@ -144,6 +145,34 @@ class Budget:
             bias=bias,
             general=True,
         )
+
+    def with_input_rounded(self, schedule: Schedule, roundoff: float) -> Budget:
+        """Returns what is allowed of ε where x_t itself is rounded before the network sees it.
+
+        ε is what x_t has beyond √ᾱ x_0, √(1-ᾱ) times as large as x_t near the end of a loop: what
+        x_t loses, ε loses 1/√(1-ᾱ) times. x_s loses no more than x_t did, and its limits stay.
+
+        Args:
+            schedule: The network's; its prediction is ε.
+            roundoff: Largest relative error of rounding one number of x_t.
+        """
+        (whole,) = [n for n in self.limits if n.name == "local/out/max"]
+        others = [n for n in self.limits if n is not whole]
+        # A limit for each octave of √(1-ᾱ), by the least in it.
+        sigma = [math.sqrt(1 - schedule.alpha_bar_at(t)) for t in range(schedule.T)]
+        octaves: dict[int, list[int]] = {}
+        for t, each in enumerate(sigma):
+            octaves.setdefault(math.floor(math.log2(each)), []).append(t)
+        limits = [
+            replace(
+                whole,
+                bound=whole.bound + roundoff / min(sigma[t] for t in held),
+                first=min(held),
+                last=max(held),
+            )
+            for held in octaves.values()
+        ]
+        return replace(self, limits=(*limits, *others))
 
     def over(self, gain: float, *, values: int) -> Budget:
         """Returns what is allowed in a loop, where a budget is general; other limits stay.

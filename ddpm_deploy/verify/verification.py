@@ -14,7 +14,7 @@ from ddpm_deploy.arrays import Pixels
 from ddpm_deploy.engines import Engine, open_engine
 from ddpm_deploy.run import Recipe
 from ddpm_deploy.spec import ModelSpec
-from ddpm_deploy.verify.budget import ARITHMETICS, Budget
+from ddpm_deploy.verify.budget import ARITHMETICS, UNIT_ROUNDOFF, Budget
 from ddpm_deploy.verify.cause import Cause
 from ddpm_deploy.verify.causes import find_causes
 from ddpm_deploy.verify.compare import Comparison, Side, StepErrors, Verifier, plain
@@ -183,9 +183,12 @@ def _evidence(verifier: Verifier, result: Comparison) -> Evidence:
 
 def default_budget(engine: Side) -> Budget:
     """Returns the budget of what a deployed side says it computes in, or float32's."""
-    said = engine.source.get("precision") if isinstance(engine, Trace) else None
     if isinstance(engine, Engine):
-        said = engine.precision
+        budget = Budget.of(engine.precision)
+        if engine.rounds_input and engine.spec.prediction == "epsilon":
+            return budget.with_input_rounded(engine.spec.schedule, UNIT_ROUNDOFF["bf16"])
+        return budget
+    said = engine.source.get("precision") if isinstance(engine, Trace) else None
     return Budget.of(said if said in ARITHMETICS else "fp32")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ddpm_deploy import linear
 from ddpm_deploy.errors import BudgetError
 from ddpm_deploy.verify import Budget, Comparison, Errors, Limit, PictureErrors, read_budget
 from ddpm_deploy.verify.budget import (
@@ -166,6 +167,18 @@ def test_what_somebody_asked_for_is_held_to_the_letter() -> None:
     assert asked.over(157.0, values=64) == asked
     written = Budget(limits=(Limit(error="local", quantity="x", bound=1e-6),), equal=1.0)
     assert written.over(157.0, values=64) == written
+
+
+def test_an_input_that_is_rounded_may_cost_epsilon_more_where_it_is_small() -> None:
+    schedule = linear(1000, start=1e-4, end=0.02)
+    budget = Budget.of("bf16").with_input_rounded(schedule, 2.0**-8)
+    bounds = [budget.bound_at("local", "out", t) or 0.0 for t in range(1000)]
+    assert bounds == sorted(bounds, reverse=True)
+    for t, bound in enumerate(bounds):
+        exact = 4e-2 + 2.0**-8 / math.sqrt(1 - schedule.alpha_bar[t])
+        assert exact <= bound * (1 + 1e-9)
+        assert bound <= 4e-2 + 2 * (exact - 4e-2)
+    assert budget.bound("local", "x") == Budget.of("bf16").bound("local", "x")
 
 
 def test_samples_that_are_no_pictures_have_no_likeness() -> None:
