@@ -17,6 +17,8 @@ from ddpm_deploy.fused import COLUMNS, check_inputs, is_fused, row_of
 from ddpm_deploy.fused import METADATA_KEY as STEP_KEY
 from ddpm_deploy.precision import METADATA_KEY as PRECISION_KEY
 from ddpm_deploy.precision import read_precision
+from ddpm_deploy.runtime import METADATA_KEY as RUNTIME_KEY
+from ddpm_deploy.runtime import read_runtime
 from ddpm_deploy.sampling import Transition
 from ddpm_deploy.spec import ModelSpec
 
@@ -72,6 +74,8 @@ class OrtEngine(Engine):
         self.fused = is_fused(metadata.get(STEP_KEY), source=str(path))
         said = read_precision(metadata.get(PRECISION_KEY), source=str(path))
         self.precision, self._groups = said.precision, dict(said.groups)
+        built = read_runtime(metadata.get(RUNTIME_KEY), source=str(path))
+        self.best_batch = built.best_batch if built else None
         given = {i.name: (_dtype(i.type), tuple(i.shape)) for i in self._session.get_inputs()}
         check_inputs(path, self.spec, given, fused=self.fused)
 

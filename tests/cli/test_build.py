@@ -11,6 +11,7 @@ from ddpm_deploy import open_engine
 from ddpm_deploy.engines import build as build_module
 from ddpm_deploy.export import lower as lower_module
 from ddpm_deploy.export.precision import recorded
+from ddpm_deploy.run import batch_for
 from tests.commands import Outcome, contents, refusal, run
 from tests.support import tiny_spec, write_fused, write_graph
 
@@ -234,6 +235,18 @@ def test_openvino_s_engine_is_the_graph_and_samples() -> None:
     assert run("sample", "-e", "unet.onnx", "-n", 3, "-o", "b").code == 0
     images = [{n: f for n, f in contents(Path(o)).items() if n != "run.json"} for o in "ab"]
     assert images[0] == images[1]
+
+
+@pytest.mark.parametrize(("runtime", "name"), [("onnxruntime", "ort"), ("openvino", "ov")])
+def test_a_build_measures_the_best_batch_and_sample_takes_it(runtime: str, name: str) -> None:
+    build("--runtime", runtime)
+    with open_engine(f"unet.{name}.onnx") as engine:
+        assert engine.best_batch in {1, 2, 4, 8, 16, 32, 64}
+        assert batch_for(engine) == engine.best_batch
+    told = run("inspect", f"unet.{name}.onnx").out
+    assert f"\nbest batch   {engine.best_batch}\n" in told
+    assert "\nbuilt for    " in told
+    assert json.loads(run("inspect", f"unet.{name}.onnx", "--json").out)["runtime"]
 
 
 def test_auto_measures_what_is_installed_and_remembers() -> None:
