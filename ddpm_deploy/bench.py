@@ -15,6 +15,7 @@ from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.engines.base import Engine, Stepper
 from ddpm_deploy.fused import denoise_fused, noise_threads
 from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.parity import relative_error
 from ddpm_deploy.run import Recipe, drawn
 from ddpm_deploy.sampling import Predictor, SelfConditioned, Transition
 
@@ -45,6 +46,7 @@ class Measurement:
         steps: Steps timed, after the warm-up.
         median: Seconds a step.
         p90: Seconds that nine of ten steps stay under.
+        loop: Seconds that the sampler's whole loop takes, at the median step.
         images_per_second: Whole loops of the sampler's full length.
         overhead: Median share of a step that is not the network.
     """
@@ -54,6 +56,7 @@ class Measurement:
     steps: int
     median: float
     p90: float
+    loop: float
     images_per_second: float
     overhead: float
 
@@ -164,7 +167,8 @@ def measure(
         warm_up: Steps of each loop that are not counted, before the first turn.
 
     Yields:
-        A `Measurement` each, in the order given, after the last turn.
+        A `Measurement` each, in the order given, after the last turn; none of a loop that gave no
+        step in its turns.
     """
     times: dict[str, list[StepTime]] = {name: [] for name in loops}
     for loop in loops.values():
@@ -174,7 +178,8 @@ def measure(
         for name, loop in loops.items():
             times[name].extend(loop(steps))
     for name, taken in times.items():
-        yield _summary(name, taken, batch, rows[name])
+        if taken:
+            yield _summary(name, taken, batch, rows[name])
 
 
 def _summary(name: str, taken: Sequence[StepTime], batch: int, rows: int) -> Measurement:
@@ -186,6 +191,55 @@ def _summary(name: str, taken: Sequence[StepTime], batch: int, rows: int) -> Mea
         steps=len(taken),
         median=median,
         p90=float(np.percentile(totals, 90)),
+        loop=median * rows,
         images_per_second=batch / (median * rows),
         overhead=float(np.median([1.0 - step.network / step.total for step in taken])),
     )
+
+
+def kept(loop: Loop, name: str, failures: dict[str, Exception]) -> Loop:
+    """Makes a loop that does not stop the others: it notes what it fails with, and is over.
+
+    Args:
+        loop: The loop.
+        name: Its name.
+        failures: Where to note it, by name; a loop that stands there makes no more steps.
+    """
+
+    def run(steps: int) -> Iterator[StepTime]:
+        if name in failures:
+            return
+        try:
+            yield from loop(steps)
+        except Exception as error:  # noqa: BLE001  (a runtime's errors have no common class)
+            failures[name] = error
+
+    return run
+
+
+PROBES = 4
+"""Timesteps at which outputs are compared."""
+
+
+def probe(engine: Engine, recipe: Recipe, batch: int) -> list[Samples]:
+    """Returns an engine's outputs on one batch of noise, at timesteps from the first to the last.
+
+    Two engines of one network get the same inputs, and their outputs can be compared.
+
+    Args:
+        engine: What to ask.
+        recipe: Says the noise and the conditions.
+        batch: Images at once, the batch that is timed, for which a runtime may have compiled.
+    """
+    predict = recipe.predictor(engine, range(batch))
+    x = SeededNoise(recipe.seed, range(batch), engine.spec.sample_shape)(0)
+    first, last = engine.spec.first_timestep, engine.spec.schedule.T - 1
+    timesteps = np.linspace(min(first, last), last, PROBES).round().astype(np.int64)
+    return [predict(x, np.full(batch, t, np.int64)) for t in timesteps]
+
+
+def output_error(given: Sequence[Samples], wanted: Sequence[Samples]) -> float | None:
+    """Returns the largest `relative_error` of two `probe`s; None where the networks differ."""
+    if any(g.shape != w.shape for g, w in zip(given, wanted, strict=True)):
+        return None
+    return max(relative_error(g, w) for g, w in zip(given, wanted, strict=True))

@@ -168,6 +168,18 @@ class Engine(ABC):
         """Returns its numbers by the checkpoint's names; empty where the runtime keeps them."""
         return {}
 
+    def layer_times(self, n: int, *, calls: int = 5) -> Mapping[str, tuple[str, float]]:  # noqa: ARG002
+        """Measures what each layer takes on a batch of n: name to its operator and seconds a call.
+
+        Args:
+            n: Samples, at least 1.
+            calls: Calls to take the mean of.
+
+        Returns:
+            Layers that run alone; empty where the runtime does not tell.
+        """
+        return {}
+
     def close(self) -> None:  # noqa: B027  (most have nothing to give back)
         """Gives back what the runtime holds; the engine cannot be called afterwards."""
 
