@@ -205,10 +205,13 @@ def graph_facts(file: Path) -> Facts:
     if spec is not None:
         rows.append(_step_row(fused=fused))
         rows += _precision_rows(said.precision, said.groups)
+        if said.loop is not None:
+            rows.append(("its loop", said.loop.in_words()))
     data |= {
         "fused": fused,
         "precision": said.precision if spec is not None else None,
         "precision_groups": dict(said.groups),
+        "precision_loop": None if said.loop is None else asdict(said.loop),
         "inputs": dict(inputs),
         "outputs": dict(outputs),
     }
