@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,23 +20,59 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoopRecord:
+    """What a whole sampling loop of a graph gave, beside that of float32 on the same noise.
+
+    Attributes:
+        psnr: Of the worst image, in decibels.
+        budget: The least that was allowed.
+        sampler: The loop's.
+        steps: Its transitions.
+        images: That were drawn.
+        seed: Of their noise.
+        calibration: What the ranges of the numbers were taken from, in words.
+    """
+
+    psnr: float
+    budget: float
+    sampler: str
+    steps: int
+    images: int
+    seed: int
+    calibration: str
+
+    def in_words(self) -> str:
+        """Returns it as a line for people."""
+        return (
+            f"{self.psnr:.1f} dB from float32 at the worst of {self.images} images after "
+            f"{self.steps} {self.sampler} steps (seed {self.seed}); {self.budget:g} dB were asked "
+            f"for; ranges from {self.calibration}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecisionRecord:
     """What a graph computes in.
 
     Attributes:
         precision: Of most of it; `fp32` for a graph without half precision.
         groups: How many operators compute in what and why, for people: the reason, then counts.
-        error: max |mixed - float32| / max |float32| of the output, as `calibrate` measured it; None
-            where nobody did.
+        error: max |mixed - float32| / max |float32| of the output, as `calibrate` or `quantise`
+            measured it; None where nobody did.
+        loop: What a whole loop of it gave; None where none was run, as in half precision.
     """
 
     precision: Precision = "fp32"
     groups: Mapping[str, str] = field(default_factory=dict)
     error: float | None = None
+    loop: LoopRecord | None = None
 
     def to_json(self) -> str:
         """Returns what a mixed graph carries under `METADATA_KEY`."""
-        return json.dumps(asdict(self))
+        said = asdict(self)
+        if self.loop is None:
+            del said["loop"]
+        return json.dumps(said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +109,26 @@ def read_precision(text: str | None, *, source: str) -> PrecisionRecord:
             raise ValueError(f"it is {precision!r}")
         if not all(isinstance(text, str) for text in groups.values()):
             raise TypeError("its groups are no texts")
+        loop = said.get("loop")
         return PrecisionRecord(
-            precision=precision, groups=groups, error=None if error is None else float(error)
+            precision=precision,
+            groups=groups,
+            error=None if error is None else float(error),
+            loop=None if loop is None else _read_loop(loop),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as damage:
         raise SpecError(
             f"{source} says that it is in mixed precision, but not how ({damage!r}).",
             hint="Build it again: ddpm-deploy build unet.onnx --fp16 --runtime onnxruntime",
         ) from damage
+
+
+def _read_loop(said: Mapping[str, Any]) -> LoopRecord:
+    loop = LoopRecord(**said)
+    for name in ("psnr", "budget"):
+        if not isinstance(getattr(loop, name), (int, float)):
+            raise TypeError(f"its {name} is {getattr(loop, name)!r}")
+    return loop
 
 
 def to_fp16(x: Array) -> Samples:

@@ -49,6 +49,7 @@ ARROWS = {
     "export.prove": {"export", "engines"},
     "export.lift": {"export", "engines"},
     "export.explain": {"export", "engines", "model", "verify"},
+    "export.quantize": {"export", "engines", "verify"},
     "export.check": {"export", "model", "engines"},
     "export.prepare": {"export", "engines"},  # the passes in a row, for a plan
     "export.to_onnx": {"export", "model", "engines"},
@@ -68,6 +69,7 @@ ROOMS_OF = {
     "train": {"torch", "lightning_fabric"},
     "export": {"onnx"},  # the passes, which a device without torch runs
     "export.check": {"torch"},
+    "export.qdq": {"onnx", "onnxruntime"},
     "export.to_onnx": {"torch", "onnx"},
     "report": {"jinja2", "matplotlib"},
     "engines.cuda": {"cuda"},

@@ -224,6 +224,8 @@ def graph_facts(file: Path) -> Facts:
     if spec is not None:
         rows.append(_step_row(fused=fused))
         rows += _precision_rows(record.precision if record else said.precision, said.groups)
+        if said.loop is not None:
+            rows.append(("its loop", said.loop.in_words()))
     if record is not None:
         rows += _runtime_rows(record)
     data |= {
@@ -231,6 +233,7 @@ def graph_facts(file: Path) -> Facts:
         "precision": None if spec is None else (record or said).precision,
         "runtime": None if record is None else asdict(record),
         "precision_groups": dict(said.groups),
+        "precision_loop": None if said.loop is None else asdict(said.loop),
         "inputs": dict(inputs),
         "outputs": dict(outputs),
     }

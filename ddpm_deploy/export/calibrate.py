@@ -38,6 +38,7 @@ from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.parity import BUDGETS, example_conditions, relative_error
 from ddpm_deploy.precision import Half
 from ddpm_deploy.sampling import Predictor, SelfConditioned, denoise
+from ddpm_deploy.spec import ModelSpec
 
 HEADROOM = 2.0
 """How much larger than measured a value may become before it overflows."""
@@ -118,7 +119,7 @@ def calibrate(
     model = load_graph(graph)
     if recorded(model) is not None:
         return Calibrated(mixed=convert(model, precision), budget=allowed)
-    if (batch := _fixed_batch(model)) is not None:
+    if (batch := fixed_batch(model)) is not None:
         images = batch
         data = None if data is None else np.resize(data, (batch, *data.shape[1:]))
     with (
@@ -164,23 +165,33 @@ def calibrate(
 def sampled(engine: Engine, steps: int, images: int, *, seed: int = 0) -> list[Call]:
     """Returns the calls of a short sampling loop, DDIM over timesteps from last to first."""
     spec = engine.spec
-    conditions = example_conditions(spec, images)
     calls: list[Call] = []
 
+    def kept(feeds: Mapping[str, Array]) -> Samples:
+        calls.append(Call(feeds=feeds, out=engine(**feeds)))
+        return calls[-1].out
+
+    table = spec.table("ddim", min(steps, spec.schedule.T), spacing="linspace")
+    noise = SeededNoise(seed, range(images), spec.sample_shape)
+    for _ in denoise(predictor(spec, images, kept), table, noise):
+        pass
+    return calls
+
+
+def predictor(
+    spec: ModelSpec, images: int, call: Callable[[Mapping[str, Array]], Samples]
+) -> Predictor:
+    """Returns what `denoise` asks: `call` of x, t and example conditions, x_0' among them."""
+    conditions = example_conditions(spec, images)
     sees = spec.self_condition
 
     def predict(x: Samples, t: Timesteps, before: Samples | None = None) -> Samples:
         given = dict(conditions)
         if sees is not None:
             given[sees.name] = np.zeros_like(x) if before is None else before
-        calls.append(Call(feeds={"x": x, "t": t, **given}, out=engine(x, t, **given)))
-        return calls[-1].out
+        return call({"x": x, "t": t, **given})
 
-    predictor: Predictor = predict if sees is None else SelfConditioned(predict=predict)
-    table = spec.table("ddim", min(steps, spec.schedule.T), spacing="linspace")
-    for _ in denoise(predictor, table, SeededNoise(seed, range(images), spec.sample_shape)):
-        pass
-    return calls
+    return predict if sees is None else SelfConditioned(predict=predict)
 
 
 def noised(engine: Engine, data: Samples, steps: int) -> list[Call]:
@@ -302,7 +313,7 @@ def written(model: onnx.ModelProto) -> Iterator[Path]:
         yield path
 
 
-def _fixed_batch(model: onnx.ModelProto) -> int | None:
+def fixed_batch(model: onnx.ModelProto) -> int | None:
     """Returns the only batch that a graph takes; None where it is free."""
     first = [value.type.tensor_type.shape.dim[:1] for value in model.graph.input]
     return next((dim.dim_value for dims in first for dim in dims if dim.dim_value), None)

@@ -145,6 +145,15 @@ def half_operators(model: onnx.ModelProto, precision: Half) -> list[HalfOperator
     ]
 
 
+def float_by_rule(model: onnx.ModelProto) -> dict[str, str]:
+    """Returns the operators that no low precision gets: the name of the first output, why.
+
+    Raises:
+        ExportError: The graph branches.
+    """
+    return dict(_Choice(model, "bf16", {}).reasons)
+
+
 def recorded(model: onnx.ModelProto) -> Mixed | None:
     """Returns what a graph says of its precision; None for one in float32.
 

@@ -301,7 +301,7 @@ def test_an_unknown_precision_is_refused(model: onnx.ModelProto) -> None:
         "{",
         "null",
         "[]",
-        '{"precision": "int8", "groups": {}}',
+        '{"precision": "int4", "groups": {}}',
         '{"precision": "fp16", "groups": [1]}',
         '{"precision": "fp16", "groups": {"fp16": 3}}',
         '{"precision": "fp16", "groups": {}, "error": "small"}',
