@@ -79,8 +79,8 @@ class SeededNoise:
         """
         count = len(self.images)
         draws = np.empty((len(steps), count, *self.shape), np.float32)
-        rows = draws.reshape(len(steps) * count, -1)
-        size = rows.shape[1]
+        size = math.prod(self.shape)
+        rows = draws.reshape(len(steps) * count, size)
         whole = size + size % 2
         # Some rows at a time, so that what lies between words and numbers stays in the cache.
         group = max(1, min(len(rows), _TOGETHER // whole))

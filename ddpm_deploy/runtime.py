@@ -88,6 +88,14 @@ def _check(record: RuntimeRecord) -> None:
     ):
         if value not in known:
             raise ValueError(f"its {name} is {value!r}")
-    for name, number in (("streams", record.streams), ("best_batch", record.best_batch or 1)):
-        if type(number) is not int or number < 1:
+    for name, number in (("streams", record.streams), ("best_batch", record.best_batch)):
+        if not (type(number) is int and number >= 1) and not (
+            name == "best_batch" and number is None
+        ):
             raise ValueError(f"its {name} is {number!r}")
+    numbers = [*record.milliseconds.values(), *([] if record.error is None else [record.error])]
+    texts = [record.graph_sha256, *record.machine.values()]
+    if not all(type(number) in {int, float} for number in numbers):
+        raise TypeError(f"{numbers} are not all numbers")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{texts} are not all texts")

@@ -153,7 +153,10 @@ def available_memory(root: Path = Path("/")) -> int | None:
     group = root / "sys/fs/cgroup"
     most, used = _read(group / "memory.max").strip(), _read(group / "memory.current").strip()
     if most.isdecimal() and used.isdecimal():
-        limits.append(max(0, int(most) - int(used)))
+        # Pages of files that nobody reads now are counted, and given back when they are wanted.
+        idle = re.search(r"^inactive_file (\d+)", _read(group / "memory.stat"), re.MULTILINE)
+        free = int(most) - int(used) + (int(idle.group(1)) if idle else 0)
+        limits.append(max(0, free))
     return min(limits, default=None)
 
 

@@ -239,3 +239,7 @@ def test_an_error_while_drawing_ahead_is_the_caller_s() -> None:
     with pytest.raises(MemoryError, match="step 2"), Ahead(noise, [2, 3]) as ahead:
         ahead(2)
     assert threading.active_count() == before
+
+
+def test_no_image_has_no_noise() -> None:
+    assert SeededNoise(0, [], (3, 4, 4))(0).shape == (0, 3, 4, 4)

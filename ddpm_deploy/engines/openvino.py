@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from ddpm_deploy.errors import EngineError
 from ddpm_deploy.fused import METADATA_KEY as STEP_KEY
 from ddpm_deploy.fused import check_inputs, is_fused
 from ddpm_deploy.onnx_metadata import read_metadata
+from ddpm_deploy.precision import METADATA_KEY as PRECISION_KEY
+from ddpm_deploy.precision import read_precision
 from ddpm_deploy.runtime import METADATA_KEY, RuntimeRecord, read_runtime
 from ddpm_deploy.spec import ModelSpec
 
@@ -52,7 +55,8 @@ class OpenVinoEngine(Engine):
         cache: Whether what is compiled is kept beside the file, for a quicker start.
 
     Raises:
-        EngineError: The file is damaged, or the device is not there.
+        EngineError: The device is not there; or the file is damaged, which is seen at the first
+            call where a compiled network lies beside it.
         SpecError: The file carries no spec, or one that this release does not read.
     """
 
@@ -71,15 +75,18 @@ class OpenVinoEngine(Engine):
                 hint="Type --device cpu, or leave it out.",
             )
         self.path = path
+        self._turn = Lock()
         metadata = read_metadata(path)
         self.spec = ModelSpec.from_metadata(metadata, source=str(path))
         said = read_runtime(metadata.get(METADATA_KEY), source=str(path))
-        self.record = record or said or RuntimeRecord(runtime="openvino")
+        written = read_precision(metadata.get(PRECISION_KEY), source=str(path)).precision
+        plain = RuntimeRecord(runtime="openvino", precision=written)
+        self.record = record or said or plain
         self._core = openvino.Core()
         if self.record.arithmetic == "bf16" and not has_bf16():
             # OpenVINO would do so too, and not say it.
-            plain = "fp32" if self.record.precision == "bf16" else self.record.precision
-            self.record = replace(self.record, arithmetic="f32", precision=plain)
+            wide = "fp32" if self.record.precision == "bf16" else self.record.precision
+            self.record = replace(self.record, arithmetic="f32", precision=wide)
         self.precision = self.record.precision
         self.rounds_input = self.record.arithmetic == "bf16"
         self.best_batch = self.record.best_batch
@@ -91,14 +98,15 @@ class OpenVinoEngine(Engine):
             )
         self._threads = threads
         self._compiled: OrderedDict[int, _Compiled] = OrderedDict()
-        self._cached = not cache
+        # What is compiled is kept for an engine that `build` made: its weights are in its own file.
+        self._cache_due = cache and said is not None
         self._model: Any = None
         if not RuntimeCache(path, {}).path.is_file():  # or the file would be read in vain
             self._check_network(self._read().inputs)
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
         n = len(feeds["x"])
-        with _running(n):
+        with _running(n), self._turn:  # a compiled network has one set of inputs
             return self._for(n).run(feeds)
 
     def describe(self) -> dict[str, Any]:
@@ -139,14 +147,13 @@ class OpenVinoEngine(Engine):
         streams = -(-n // part)
         settings = self._settings(streams)
         cache = None
-        if not self._cached:  # the first batch is the one that a later run begins with, too
+        if self._cache_due:  # the first batch is the one that a later run begins with, too
             cache = RuntimeCache(self.path, self._key(part, settings))
-            self._cached = True
+            self._cache_due = False
         blob = cache.read() if cache else None
         compiled = None
         if blob is not None:
             with suppress(Exception):  # a cache is never needed; its errors have no common class
-                # Without a copy: the compiled network reads its weights where they lie.
                 tensor = openvino.Tensor(np.frombuffer(blob, np.uint8))
                 compiled = self._core.import_model(tensor, "CPU", settings)
         if compiled is None:
@@ -232,9 +239,15 @@ class _Compiled:
                 memory[: len(given)] = given
                 memory[len(given) :] = given[:1]  # the last part may have fewer: padding
             request.start_async()
+        failed: list[Exception] = []
         for part, request, memory in zip(parts, self._requests, self._outputs, strict=False):
-            request.wait()
+            try:
+                request.wait()
+            except Exception as error:  # noqa: BLE001  (the others are awaited first)
+                failed.append(error)
             out[part] = memory[: part.stop - part.start]
+        if failed:
+            raise failed[0]
         return out
 
     def layer_times(self, calls: int) -> dict[str, tuple[str, float]]:

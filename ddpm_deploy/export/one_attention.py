@@ -79,6 +79,9 @@ def _read(graph: onnx.GraphProto, pattern: Pattern, types: _Types) -> _Merged | 
         return None
     if of_queries[:-2] != of_keys[:-2] or of_keys[:-2] != of_values[:-2]:
         return None
+    scale = of_q * of_k * between
+    if scale == 0 or not math.isfinite(scale):  # 0 would mean the operator's own
+        return None
     builder = _Builder(pattern.output, makers, types)
     heads = of_queries[1] if rank == 4 else 1
     fed = [
@@ -86,7 +89,7 @@ def _read(graph: onnx.GraphProto, pattern: Pattern, types: _Types) -> _Merged | 
         builder.rows(builder.turned(keys, of_keys), (*of_keys[:-2], of_keys[-1], of_keys[-2])),
         builder.rows(v, of_values),
     ]
-    builder.attend(fed, heads, of_q * of_k * between, (*of_queries[:-1], of_values[-1]))
+    builder.attend(fed, heads, scale, (*of_queries[:-1], of_values[-1]))
     return pattern, builder.nodes, builder.shapes
 
 
@@ -166,7 +169,10 @@ class _Builder:
             assert turn is not None
             assert first is not None
             rows = (*shape[:-2], shape[-1], shape[-2])
-            if _perm(turn) == _TURNED[3] and _shape(first.input[0], self._types) == rows:
+            flat = _shape(first.output[0], self._types)
+            as_matrices = flat is not None and flat[-2:] == rows[-2:]
+            whole = _shape(first.input[0], self._types) == rows
+            if _perm(turn) == _TURNED[3] and as_matrices and whole:
                 return str(first.input[0])
         return self._node("Transpose", [keys], "keys", perm=_TURNED[rank])
 

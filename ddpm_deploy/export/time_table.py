@@ -17,7 +17,6 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from ddpm_deploy.arrays import Array
-from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.graph import (
     TensorType,
     constants,
@@ -61,18 +60,16 @@ def tabulate_time(model: onnx.ModelProto, timesteps: int) -> Tabulated:
     """Replaces what depends on the input `t` and on nothing else by tables.
 
     Left alone is a graph without such tensors, one whose tables would be larger than
-    `LARGEST_BYTES`, and what is no product: a table of it would save nothing.
+    `LARGEST_BYTES`, one in which a sample's row depends on the others, and what is no product: a
+    table of it would save nothing.
 
     Args:
         model: A graph with the input `t`, int64, (N,); not changed.
         timesteps: T; the tables have a row for each of 0 to T-1.
-
-    Raises:
-        ExportError: The tables do not give what the graph gives.
     """
     graph = model.graph
     types = [tensor_types(model, batch=n) for n in (2, 3)]
-    timed = _timed(graph, types)
+    timed, fixed = _timed(graph, types)
     outputs = {value.name for value in graph.output}
     readers = consumers(graph)
     wanted = [
@@ -84,9 +81,12 @@ def tabulate_time(model: onnx.ModelProto, timesteps: int) -> Tabulated:
     ]
     products = [n for n in graph.node if n.output[0] in timed and is_op(n, "Gemm", "MatMul")]
     row_bytes = sum(types[0][name].bytes or 0 for name in wanted) // 2
-    if not wanted or not products or row_bytes * timesteps > LARGEST_BYTES:
+    floats = all(types[0][name].elem_type == onnx.TensorProto.FLOAT for name in wanted)
+    if not wanted or not floats or not products or row_bytes * timesteps > LARGEST_BYTES:
         return Tabulated(model=model)
-    tables = _tables(model, timed, wanted, timesteps)
+    tables = _tables(model, timed | fixed, wanted, timesteps)
+    if tables is None:
+        return Tabulated(model=model)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     nodes = [n for n in copy.graph.node if n.output[0] not in timed]
@@ -102,8 +102,8 @@ def tabulate_time(model: onnx.ModelProto, timesteps: int) -> Tabulated:
     return Tabulated(model=copy, tensors=tuple(tables), table_bytes=size)
 
 
-def _timed(graph: onnx.GraphProto, types: list[dict[str, TensorType]]) -> set[str]:
-    """Returns the float tensors with a row for each sample that depend on `t` alone."""
+def _timed(graph: onnx.GraphProto, types: list[dict[str, TensorType]]) -> tuple[set[str], set[str]]:
+    """Returns the tensors with a row a sample that depend on `t` alone, and the constant ones."""
     fixed = set(constants(graph))
     timed: set[str] = set()
     for node in graph.node:
@@ -117,25 +117,26 @@ def _timed(graph: onnx.GraphProto, types: list[dict[str, TensorType]]) -> set[st
         whole = is_op(node, "Gemm", "MatMul") and node.input[1] not in fixed
         if alone and rows and given and is_op(node, *_ROW_BY_ROW) and not whole:
             timed.update(node.output)
-    return timed
+    return timed, fixed
 
 
 def _has_rows(name: str, types: list[dict[str, TensorType]]) -> bool:
     two, three = (each[name].shape if name in each else None for each in types)
-    if two is None or three is None or types[0][name].elem_type != onnx.TensorProto.FLOAT:
+    if two is None or three is None:
         return False
     return two[:1] == (2,) and three[:1] == (3,) and two[1:] == three[1:]
 
 
 def _tables(
-    model: onnx.ModelProto, timed: set[str], wanted: list[str], timesteps: int
-) -> Mapping[str, Array]:
-    """Runs what depends on `t` alone for all timesteps, and some of them again by themselves."""
+    model: onnx.ModelProto, known: set[str], wanted: list[str], timesteps: int
+) -> Mapping[str, Array] | None:
+    """Runs what depends on `t` alone for all timesteps, and some of them again by themselves.
+
+    Returns:
+        The tables by name; None where a row by itself is another than among the others.
+    """
     graph = model.graph
-    needed = [n for n in graph.node if n.output[0] in timed or not list(reads(n))]
-    fixed = set(constants(graph)) | {"t"} | {o for n in needed for o in n.output}
-    # What was folded into no constant, such as a shape that is computed, comes before.
-    needed = [n for n in needed if all(name in fixed for name in reads(n))]
+    needed = [n for n in graph.node if n.output[0] in known]
     part = helper.make_graph(
         needed,
         "time",
@@ -147,11 +148,8 @@ def _tables(
     run = ReferenceEvaluator(small).run
     tables = run(None, {"t": np.arange(timesteps, dtype=np.int64)})
     few = np.unique(np.linspace(0, timesteps - 1, 3).astype(np.int64))
-    for name, table, rows in zip(wanted, tables, run(None, {"t": few}), strict=True):
+    for table, rows in zip(tables, run(None, {"t": few}), strict=True):
         peak = float(np.abs(table).max(initial=0)) or 1.0
         if table.shape[0] != timesteps or not np.abs(table[few] - rows).max() <= _AGREE * peak:
-            raise ExportError(
-                f"{name} of the timestep embedding depends on the other samples of a batch.",
-                hint="Run the graph itself: ddpm-deploy sample --engine unet.onnx",
-            )
+            return None
     return dict(zip(wanted, (np.asarray(t, np.float32) for t in tables), strict=True))

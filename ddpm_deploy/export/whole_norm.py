@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnx.defs import ONNX_DOMAIN
 
 from ddpm_deploy.arrays import Array
 from ddpm_deploy.export.graph import (
@@ -35,7 +36,7 @@ def merge_single_groups(model: onnx.ModelProto) -> onnx.ModelProto:
     those of samples without an axis besides the channels.
 
     Args:
-        model: Opset 17 or later, the first with `LayerNormalization`; not changed.
+        model: Not changed. Before opset 17, the first with `LayerNormalization`, it stays.
 
     Returns:
         The same function; the given graph itself where there is no such normalisation.
@@ -43,6 +44,8 @@ def merge_single_groups(model: onnx.ModelProto) -> onnx.ModelProto:
     References:
         Wu & He 2018, https://arxiv.org/abs/1803.08494, Eq. 1 and 2 with G = 1.
     """
+    if max(o.version for o in model.opset_import if o.domain in {"", ONNX_DOMAIN}) < 17:
+        return model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
@@ -71,13 +74,15 @@ def merge_single_groups(model: onnx.ModelProto) -> onnx.ModelProto:
         shape = types[x].shape if x in types else None
         if row is None or list(row) != [0, 1, -1] or shape is None or len(shape) < 3:
             continue
+        if types[x].elem_type != onnx.TensorProto.FLOAT:
+            continue
         back = types[after.output[0]].shape if after.output[0] in types else None
         if back != shape and not (back is None and _is_shape_of(makers.get(after.input[1]), x)):
             continue
         own = numbers(node.input[1]), numbers(node.input[2])
         if own[0] is None or own[1] is None:
             continue
-        scale, bias, last = _affine(after, only_reader, numbers, rank=len(shape))
+        scale, bias, last = _affine(after, only_reader, numbers, shape=shape)
         column = (shape[1], *[1] * (len(shape) - 2))
         whole_scale = np.broadcast_to(own[0] * scale, column).astype(np.float32)
         whole_bias = np.broadcast_to(own[1] * scale + bias, column).astype(np.float32)
@@ -116,7 +121,7 @@ def _affine(
     only_reader: _Follow,
     numbers: Callable[[str], Array | None],
     *,
-    rank: int,
+    shape: tuple[int, ...],
 ) -> tuple[Array, Array, onnx.NodeProto]:
     """Returns what a normalised sample is multiplied with, what is added, and the last node."""
     scale, bias = np.ones(1, np.float32), np.zeros(1, np.float32)
@@ -127,7 +132,7 @@ def _affine(
             break
         other = [numbers(name) for name in node.input if name != last.output[0]]
         # One number a channel: anything else is no scale of a group normalisation.
-        if len(other) != 1 or other[0] is None or not _of_channels(other[0], rank):
+        if len(other) != 1 or other[0] is None or not _of_channels(other[0], shape):
             break
         if op == "Mul":
             scale = other[0]
@@ -137,5 +142,7 @@ def _affine(
     return scale, bias, last
 
 
-def _of_channels(array: Array, rank: int) -> bool:
-    return array.size == 1 or (array.ndim == rank - 1 and array.size == array.shape[0])
+def _of_channels(array: Array, shape: tuple[int, ...]) -> bool:
+    """Says whether this is one number, or one a channel, for samples of a shape."""
+    column = (shape[1], *[1] * (len(shape) - 2))
+    return array.shape == column or (array.size == 1 and array.ndim < len(shape))

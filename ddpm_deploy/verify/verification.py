@@ -183,19 +183,24 @@ def _evidence(verifier: Verifier, result: Comparison) -> Evidence:
 
 def default_budget(engine: Side) -> Budget:
     """Returns the budget of what a deployed side says it computes in, or float32's."""
+    said, rounds_input = None, False
     if isinstance(engine, Engine):
-        budget = Budget.of(engine.precision)
-        if engine.rounds_input and engine.spec.prediction == "epsilon":
-            return budget.with_input_rounded(engine.spec.schedule, UNIT_ROUNDOFF["bf16"])
-        return budget
-    said = engine.source.get("precision") if isinstance(engine, Trace) else None
-    return Budget.of(said if said in ARITHMETICS else "fp32")
+        said, rounds_input = engine.precision, engine.rounds_input
+    elif isinstance(engine, Trace):
+        said = engine.source.get("precision")
+        rounds_input = engine.source.get("rounds_input") is True
+    budget = Budget.of(said if said in ARITHMETICS else "fp32")
+    if rounds_input and engine.spec.prediction == "epsilon":
+        return budget.with_input_rounded(engine.spec.schedule, UNIT_ROUNDOFF["bf16"])
+    return budget
 
 
 def described(side: Side) -> dict[str, Any]:
     """Returns what a side is: runtime, file, hash, precision."""
     if isinstance(side, Engine):
         found = {**side.describe(), "precision": side.precision}
+        if side.rounds_input:
+            found["rounds_input"] = True
         return {**found, "sha256": side.sha256} if Path(side.path).exists() else found
     if isinstance(side, Trace):
         return {"name": "trace", **side.source, "trace": True}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,23 @@ def test_a_cache_of_another_engine_is_not_taken(exported: Path, tmp_path: Path) 
     written(other, path)
     with open_engine(path) as engine, open_engine(other) as graph:
         assert relative_error(engine(x, t), graph(x, t)) < 2e-5
+
+
+def test_threads_that_share_an_engine_wait_for_each_other(exported: Path, tmp_path: Path) -> None:
+    with open_engine(written(exported, tmp_path / "unet.ov.onnx", streams=2)) as engine:
+        asked = [inputs(2 + k % 2) for k in range(12)]
+        wanted = [engine(x, t) for x, t in asked]
+        with ThreadPoolExecutor(3) as pool:
+            given = list(pool.map(lambda each: engine(*each), asked))
+    assert all(np.array_equal(a, b) for a, b in zip(given, wanted, strict=True))
+
+
+def test_a_graph_leaves_nothing_beside_it(exported: Path, tmp_path: Path) -> None:
+    graph = tmp_path / "unet.onnx"
+    graph.write_bytes(exported.read_bytes())
+    with OpenVinoEngine(graph) as engine:
+        engine(*inputs(1))
+    assert list(tmp_path.iterdir()) == [graph]
 
 
 def test_a_layer_s_times_are_there(exported: Path, tmp_path: Path) -> None:

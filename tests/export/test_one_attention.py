@@ -81,6 +81,31 @@ def test_what_the_operator_does_not_do_is_left_alone(text: str, changes: dict[st
     assert merge_attention(model) is model
 
 
+@pytest.mark.parametrize("scale", ["0", "inf"])
+def test_a_scale_that_the_operator_reads_otherwise_is_left_alone(scale: str) -> None:
+    model = graph(PLAIN)
+    (held,) = model.graph.initializer
+    number = np.array(float(scale), np.float32)
+    held.CopyFrom(onnx.numpy_helper.from_array(number, "scale"))
+    assert merge_attention(model) is model
+
+
+def test_keys_that_were_not_turned_are_not_taken_for_turned() -> None:
+    # Two heads as one matrix of ten rows, turned, and cut into heads again: other numbers.
+    text = PLAIN.replace(
+        "turned = Transpose <perm = [0, 1, 3, 2]> (k)",
+        "flat = Reshape (k, tall)\nacross = Transpose <perm = [0, 2, 1]> (flat)\n"
+        "turned = Reshape (across, heads)",
+    ).replace(
+        "<float scale", "<int64[3] tall = {0, 10, 3}, int64[4] heads = {0, 2, 3, 5}, float scale"
+    )
+    model = graph(text)
+    merged = merge_attention(model)
+    assert count(merged, "MultiHeadAttention") == 1
+    given = arrays(2)
+    np.testing.assert_allclose(runtime(merged, given), runtime(model, given), atol=1e-6)
+
+
 def test_a_second_pass_changes_nothing() -> None:
     merged = merge_attention(graph(PLAIN))
     assert merge_attention(merged) is merged

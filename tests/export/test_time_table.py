@@ -7,7 +7,6 @@ import onnx
 import pytest
 
 from ddpm_deploy.arrays import Array
-from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export import time_table
 from ddpm_deploy.export.time_table import tabulate_time
 from ddpm_deploy.export.to_onnx import export_network
@@ -75,13 +74,33 @@ def test_tables_that_would_be_too_large_are_not_made(monkeypatch: pytest.MonkeyP
     assert tabulate_time(model, timesteps=50).model is model
 
 
-def test_a_row_that_depends_on_the_others_is_refused() -> None:
+def test_a_row_that_depends_on_the_others_is_no_table_s() -> None:
     text = TIMED.replace(
         "sine = Sin (angle)", "sine = Slice (angle, end, start, first, end)"
     ).replace("int64[1] last", "int64[1] end = {-1}, int64[1] start = {-99}, int64[1] first = {0},"
               " int64[1] last")  # fmt: skip
-    with pytest.raises(ExportError, match="depends on the other samples of a batch"):
-        tabulate_time(graph(text), timesteps=50)
+    model = graph(text)
+    assert tabulate_time(model, timesteps=50).model is model
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("angle = Mul (column, frequency)", "e = Exp (frequency)\nangle = Mul (column, e)"),
+        (
+            "wide = Cast <to = 1> (t)\n    column = Unsqueeze (wide, last)",
+            "tall = Unsqueeze (t, last)\n    column = Cast <to = 1> (tall)",
+        ),
+    ],
+    ids=["a constant that is computed", "rows of whole numbers"],
+)
+def test_what_the_timestep_goes_through_is_taken_along(old: str, new: str) -> None:
+    assert old in TIMED
+    model = graph(TIMED.replace(old, new))
+    found = tabulate_time(model, timesteps=50)
+    assert [node.op_type for node in found.model.graph.node] == ["Gather", "Mul"]
+    given = feeds(0, 49, 7)
+    np.testing.assert_allclose(reference(found.model, given), reference(model, given), atol=1e-6)
 
 
 def test_the_exported_network_is_the_same_function(tmp_path: Path) -> None:

@@ -77,6 +77,28 @@ def test_what_is_no_such_normalisation_is_left_alone(old: str, new: str) -> None
     assert merge_single_groups(model) is model
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("float[4, 1, 1] scale = {1, 2, 3, 4}", "float[1, 1, 1, 1] scale = {2}"),
+        ("float[4, 1, 1] scale = {1, 2, 3, 4}", "float scale = {2}"),
+        ("batch, 4, 3, 5] x", "batch, 1, 3, 5] x"),
+    ],
+    ids=["four axes", "a number", "one channel"],
+)
+def test_a_scale_of_any_shape_is_the_same_function(old: str, new: str) -> None:
+    assert old in NORM
+    model = parser.parse_model(NORM.replace(old, new))
+    given = {"x": x()[:, :1] if "1, 3, 5] x" in new else x()}
+    merged = merge_single_groups(model)
+    np.testing.assert_allclose(reference(merged, given), reference(model, given), atol=1e-5)
+
+
+def test_an_older_opset_is_left_alone() -> None:
+    model = parser.parse_model(NORM.replace('"" : 20', '"" : 16'))
+    assert merge_single_groups(model) is model
+
+
 def test_the_exported_network_is_the_same_function(tmp_path: Path) -> None:
     spec = tiny_spec()
     export_network(tiny_network(), spec, tmp_path / "unet.onnx")
