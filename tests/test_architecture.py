@@ -49,6 +49,7 @@ ARROWS = {
     "export.prove": {"export", "engines"},
     "export.lift": {"export", "engines"},
     "export.explain": {"export", "engines", "model", "verify"},
+    "export.qdq": {"export", "engines"},
     "export.quantize": {"export", "engines", "verify"},
     "export.check": {"export", "model", "engines"},
     "export.prepare": {"export", "engines"},  # the passes in a row, for a plan
@@ -69,7 +70,6 @@ ROOMS_OF = {
     "train": {"torch", "lightning_fabric"},
     "export": {"onnx"},  # the passes, which a device without torch runs
     "export.check": {"torch"},
-    "export.qdq": {"onnx", "onnxruntime"},
     "export.to_onnx": {"torch", "onnx"},
     "report": {"jinja2", "matplotlib"},
     "engines.cuda": {"cuda"},
@@ -88,6 +88,7 @@ INSIDE_FUNCTIONS = {
     ("engines.peers", "openvino"): "as above",
     ("engines.peers", "torch"): "diffusers is in PyTorch",
     ("engines.device", "cuda"): "what describes a GPU is of use where none can be asked",
+    ("export.qdq", "onnxruntime"): "the quantiser, which the other passes over pairs do not need",
     ("model.opening", "safetensors"): "files of that kind",
     ("verify.goldens", "polygraphy"): "a form that it alone reads",
 }

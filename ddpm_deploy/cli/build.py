@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from json import loads
-from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,7 @@ import typer
 
 from ddpm_deploy.cli.common import Device, Json, Threads, note, print_json, settings
 from ddpm_deploy.cli.cpu import build_for_cpu
+from ddpm_deploy.cli.int8 import build_int8, parse_budget
 from ddpm_deploy.errors import DataError, EngineBuildError
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def command(
     fp16: Annotated[bool, typer.Option("--fp16", help="A plan in half precision.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="A plan in bfloat16.")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="A plan in float32, without TF32.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Layers in int8, as many as the budget allows.")
+    ] = False,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -58,16 +61,18 @@ def command(
         ),
     ] = None,
     budget: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            min=0, help="Most that half precision may cost, of the output's peak; fp16 5e-3."
+            metavar="NUMBER|psnr=DB",
+            help="Most that half precision may cost, of the output's peak; fp16 5e-3. For int8 the "
+            "least PSNR of a loop's images beside float32's; psnr=30.",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
             metavar="DIR|FILE|digits",
-            help="Pictures to measure half precision on; its own samples if left out.",
+            help="Pictures to measure a lower precision on; its own samples if left out.",
         ),
     ] = None,
     compute_capability: Annotated[
@@ -112,7 +117,9 @@ def command(
     is a TensorRT plan, of the TensorRT installed; float32 if no precision is
     named. TensorRT builds on the GPU that the plan is for; TensorRT-RTX builds
     ahead of time, with or without a GPU. Else it is an ONNX Runtime engine in
-    float32, checked against its graph (--threads, --device).
+    float32, checked against its graph (--threads, --device). --int8 writes the
+    graph that all of them take, unet.int8.onnx, and a plan if a TensorRT is named
+    or there is a GPU for one.
     """
     from ddpm_deploy.engines.base import CHECKPOINT_SUFFIXES
 
@@ -130,24 +137,37 @@ def command(
         raise typer.BadParameter(
             f"{runtime!r} is none of {', '.join(RUNTIMES)}", param_hint="--runtime"
         )
-    if budget is not None and not isfinite(budget):
-        raise typer.BadParameter(f"{budget} is not finite", param_hint="--budget")
-    precision = _precision(fp16=fp16, bf16=bf16, fp32=fp32)
+    precision = _precision(fp16=fp16, bf16=bf16, fp32=fp32, int8=int8)
+    allowed = parse_budget(budget, precision)
     as_plan = (
         runtime in {"tensorrt", "rtx"}
-        or (runtime is None and precision is not None)
+        or (runtime is None and precision is not None and (precision != "int8" or _gpu_builds()))
         or (runtime in {None, "auto"} and output is not None and output.suffix == ".plan")
         or (runtime == "auto" and _gpu_builds())
     )
     _refuse_options(ctx, as_plan=as_plan)
-    if precision not in {"fp16", "bf16"} and (budget is not None or data is not None):
+    if precision in {None, "fp32"} and (budget is not None or data is not None):
         raise EngineBuildError(
-            "--budget and --data are for half precision, which is measured before the build.",
-            hint="Leave them out, or type --fp16 or --bf16.",
+            "--budget and --data are for half precision and int8, which are measured before the "
+            "build.",
+            hint="Leave them out, or type --fp16, --bf16 or --int8.",
         )
     if not as_plan:
-        if precision == "fp16" and runtime == "onnxruntime":
-            _build_mixed(graph, output, budget=budget, data=data, fuse=fuse_step, json=json)
+        if precision == "int8":
+            build_int8(
+                graph,
+                output,
+                runtime=runtime or "onnxruntime",
+                psnr=allowed,
+                data=None if data is None else _pictures(data, _spec(graph)),
+                fuse_step=fuse_step,
+                threads=threads,
+                device=device,
+                force=force,
+                json=json,
+            )
+        elif precision == "fp16" and runtime == "onnxruntime":
+            _build_mixed(graph, output, budget=allowed, data=data, fuse=fuse_step, json=json)
         else:
             build_for_cpu(
                 graph,
@@ -157,7 +177,7 @@ def command(
                 fuse_step=fuse_step,
                 threads=threads,
                 device=device,
-                budget=budget,
+                budget=allowed,
                 force=force,
                 json=json,
             )
@@ -181,7 +201,7 @@ def command(
         flavour=flavour,
         precision=precision or recorded,
         profiles=_profiles(batch, spec),
-        budget=budget,
+        budget=allowed,
         data=data,
         fuse_step=fuse_step or fused,
         compute_capabilities=tuple(dict.fromkeys(compute_capability or ())),
@@ -200,7 +220,7 @@ def command(
             return lower_precision(
                 graph,
                 chosen.precision,
-                budget=budget,
+                budget=allowed,
                 data=_pictures(data, spec),
                 on_progress=note,
             )
@@ -230,8 +250,8 @@ def command(
         typer.echo(output)
 
 
-def _precision(*, fp16: bool, bf16: bool, fp32: bool) -> Precision | None:
-    named: dict[Precision, bool] = {"fp16": fp16, "bf16": bf16, "fp32": fp32}
+def _precision(*, fp16: bool, bf16: bool, fp32: bool, int8: bool) -> Precision | None:
+    named: dict[Precision, bool] = {"fp16": fp16, "bf16": bf16, "fp32": fp32, "int8": int8}
     chosen = [precision for precision, typed in named.items() if typed]
     if len(chosen) > 1:
         raise EngineBuildError(
@@ -239,6 +259,14 @@ def _precision(*, fp16: bool, bf16: bool, fp32: bool) -> Precision | None:
             hint="Type one of them, and build another plan with -o for the other.",
         )
     return chosen[0] if chosen else None
+
+
+def _spec(graph: Path) -> ModelSpec:
+    from ddpm_deploy.engines.base import needs
+
+    with needs("onnx", extra="export"):
+        from ddpm_deploy.export.prepare import read_header
+    return read_header(graph).spec
 
 
 def _refuse_options(ctx: typer.Context, *, as_plan: bool) -> None:
@@ -299,7 +327,7 @@ def _profiles(texts: list[str] | None, spec: ModelSpec) -> tuple[Profile, ...]:
 
 
 def _pictures(data: str | None, spec: ModelSpec) -> Samples | None:
-    """Reads what half precision is measured on: a few pictures, in the network's own range."""
+    """Reads what a lower precision is measured on: a few pictures, in the network's own range."""
     from ddpm_deploy.data import open_data
     from ddpm_deploy.images import is_picture
 

@@ -27,8 +27,8 @@ class BuildSettings:
         flavour: The runtime that builds it, and will run it.
         precision: Of the network's arithmetic.
         profiles: Batches that it takes.
-        budget: Largest error of a lower precision, over the output's peak; the precision's own when
-            None.
+        budget: Largest error of half precision, over the output's peak; of int8 the least decibels
+            of a loop's images; the precision's own when None.
         data: Pictures whose noised versions the precision is measured on; the network's own samples
             when None.
         fuse_step: Whether the sampler's step stands behind the network.
@@ -113,7 +113,8 @@ class BuildSettings:
         if self.fuse_step:
             words.append("--fuse-step")
         if self.budget is not None:
-            words += ["--budget", str(self.budget)]
+            kind = "psnr=" if self.precision == "int8" else ""
+            words += ["--budget", f"{kind}{self.budget}"]
         if self.data is not None:
             words += ["--data", self.data]
         for profile in self.profiles:

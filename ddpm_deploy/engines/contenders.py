@@ -87,13 +87,14 @@ class Contender:
             return peer(self.path, threads=threads)
         with needs("torch", extra="export"):
             from ddpm_deploy.engines.pytorch import TorchEngine  # noqa: PLC0415
+        if self.kind == "diffusers":
+            spec = spec or read_spec(self.path)
+            from ddpm_deploy.engines.peers import DiffusersPipeline  # noqa: PLC0415
+
+            return DiffusersPipeline(self.path, threads=threads, spec=spec)
         opened = TorchEngine.open(
             self.path, threads=self.threads, device=self.device, spec=spec, model=self.model
         )
-        if self.kind == "diffusers":
-            from ddpm_deploy.engines.peers import DiffusersPipeline  # noqa: PLC0415
-
-            return DiffusersPipeline(self.path, threads=threads, spec=opened.spec)
         return opened.compiled() if self.kind == "torch.compile" else opened
 
     def loop(self, engine: Engine, recipe: Recipe, batch: int) -> Loop:

@@ -111,6 +111,7 @@ class DiffusersPipeline(Engine):
             ) from error
 
         torch.set_num_threads(threads)
+        diffusers.utils.logging.disable_progress_bar()
         self.path, self.name, self.spec = path, "diffusers", spec
         self._torch = torch
         self.pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(

@@ -67,6 +67,7 @@ class TorchEngine(Engine):
         self.name = f"torch {device.upper()}"
         self.network = network.to(device)
         self.device = device
+        self._blame = "The network's own code raised this."
 
     @classmethod
     def open(
@@ -92,6 +93,7 @@ class TorchEngine(Engine):
         made = TorchEngine(self.network, self.spec, path=self.path, device=self.device)
         made.network = cast("nn.Module", torch.compile(self.network))
         made.name = f"torch.compile {self.device.upper()}"
+        made._blame = "torch.compile needs a C++ compiler, such as g++."
         return made
 
     def _run(self, feeds: Mapping[str, Array]) -> Samples:
@@ -104,7 +106,7 @@ class TorchEngine(Engine):
             full = isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)
             raise EngineError(
                 f"PyTorch failed on a batch of {len(feeds['x'])}: {said(error)}",
-                hint="Type a smaller --batch." if full else "The network's own code raised this.",
+                hint="Type a smaller --batch." if full else self._blame,
             ) from error
 
     def weights(self) -> Mapping[str, Array]:

@@ -10,7 +10,8 @@ from ddpm_deploy.engines.plan import PlanRecord
 from ddpm_deploy.errors import EngineError, PlanMismatchError
 
 _FLAGS = frozenset(
-    {"--fp16", "--bf16", "--fp32", "--fuse-step", "--version-compatible", "--hardware-compatible"}
+    {"--fp16", "--bf16", "--fp32", "--int8", "--fuse-step", "--version-compatible"}
+    | {"--hardware-compatible"}
 )
 _VALUES = frozenset(
     {"--runtime", "--budget", "--batch", "--compute-capability", "--workspace"}

@@ -19,6 +19,7 @@ from ddpm_deploy.export.fuse_step import fuse_step
 from ddpm_deploy.export.memory import estimate_memory
 from ddpm_deploy.export.onnx_file import load_graph, metadata, write_graph
 from ddpm_deploy.export.precision import convert, recorded
+from ddpm_deploy.export.quantize import PSNR, quantise
 from ddpm_deploy.fused import METADATA_KEY as FUSED_KEY
 from ddpm_deploy.fused import is_fused
 from ddpm_deploy.precision import METADATA_KEY as PRECISION_KEY
@@ -90,28 +91,26 @@ def lower_precision(
 ) -> Lowered:
     """Makes a graph mixed, within the budget; a graph that is mixed already is taken as it is.
 
-    Without ONNX Runtime the precision is chosen by rule alone, which `on_progress` is told.
+    Without ONNX Runtime half precision is chosen by rule alone, which `on_progress` is told.
 
     Args:
         graph: The `.onnx` file that `export` wrote.
         precision: `fp32` leaves the graph as it is.
-        budget: As in `calibrate`.
-        data: As in `calibrate`.
+        budget: As in `calibrate`; for int8 the decibels of `quantise`.
+        data: As in `calibrate` and `quantise`.
         on_progress: Told what is being done, in words.
 
     Raises:
         ExportError: The graph is in another precision already, or its step is fused and it is in
             none, or the budget cannot be kept.
+        MissingDependencyError: int8 needs ONNX Runtime, which takes the ranges.
     """
     model = load_graph(graph)
     if precision == "fp32":
         _refuse_lower(graph, model)
         return Lowered(model=model)
     if precision == "int8":
-        raise ExportError(
-            f"{graph} is in float32; an int8 plan is built of a graph with Q/DQ pairs.",
-            hint="Make it first: ddpm-deploy build unet.onnx --int8 --runtime onnxruntime",
-        )
+        return _lower_int8(graph, model, psnr=budget, data=data, on_progress=on_progress)
     if (before := recorded(model)) is not None:
         mixed = convert(model, precision)  # refuses the other precision
         return Lowered(model=model, groups=dict(mixed.groups), error=before.error)
@@ -135,6 +134,28 @@ def lower_precision(
         changed=True,
         groups=dict(mixed.groups),
         error=calibrated.worst,
+    )
+
+
+def _lower_int8(
+    graph: Path,
+    model: onnx.ModelProto,
+    *,
+    psnr: float | None,
+    data: Samples | None,
+    on_progress: Callable[[str], None],
+) -> Lowered:
+    before = recorded(model)
+    if before is not None and before.precision == "int8":
+        return Lowered(model=model, groups=dict(before.groups), error=before.error)
+    quantised = quantise(
+        graph, psnr=PSNR if psnr is None else psnr, data=data, on_progress=on_progress
+    )
+    return Lowered(
+        model=quantised.model,
+        changed=True,
+        groups=dict(quantised.groups),
+        error=quantised.error,
     )
 
 

@@ -15,11 +15,9 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import CalibrationMethod, QuantType
-from onnxruntime.quantization.calibrate import TensorsData
-from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from ddpm_deploy.arrays import Array
+from ddpm_deploy.engines.base import needs
 from ddpm_deploy.export.graph import is_op, producers
 from ddpm_deploy.export.onnx_file import metadata
 from ddpm_deploy.export.precision import PRODUCTS, float_by_rule
@@ -67,7 +65,14 @@ def add_pairs(model: onnx.ModelProto, ranges: Mapping[str, float]) -> onnx.Model
 
     Returns:
         The graph, with the weights of those products in int8.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
     """
+    with needs("onnxruntime", extra="cpu"):
+        from onnxruntime.quantization import CalibrationMethod, QuantType  # noqa: PLC0415
+        from onnxruntime.quantization.calibrate import TensorsData  # noqa: PLC0415
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer  # noqa: PLC0415
     if not ranges:
         return _copy(model)
     copy = onnx.shape_inference.infer_shapes(model)

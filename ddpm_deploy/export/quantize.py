@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from ddpm_deploy.arrays import Array, Samples
 from ddpm_deploy.engines import open_engine
-from ddpm_deploy.engines.ort import run_graph
+from ddpm_deploy.engines.base import needs
 from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.calibrate import (
     Call,
@@ -119,6 +119,7 @@ def quantise(
         ExportError: The budget cannot be kept with half of the layers in int8; there is no layer
             that int8 suits; the graph is in half precision, or its step is fused.
         EngineError: The graph cannot be read or run.
+        MissingDependencyError: ONNX Runtime is not installed.
     """
     model = load_graph(graph)
     if (before := recorded(model)) is not None:
@@ -233,7 +234,7 @@ def _ranges(
     counted: dict[str, list[Magnitudes]] = {name: [] for name in inputs}
     with written(copy) as path:
         for call in calls:  # one at a time: a large network's tensors fill gigabytes
-            (tensors,) = run_graph(path, [call.feeds], inputs, threads=threads)
+            (tensors,) = _run(path, [call], inputs, threads)
             for name, tensor in zip(inputs, tensors, strict=True):
                 counted[name].append(Magnitudes.of(tensor))
     best = {name: best_range(parts) for name, parts in counted.items()}
@@ -342,8 +343,7 @@ class _Search:
 
     def _outs(self, model: onnx.ModelProto, calls: Sequence[Call]) -> list[Samples]:
         with written(small(model, len(calls[0].out))) as path:
-            feeds = [call.feeds for call in calls]
-            return [out for (out,) in run_graph(path, feeds, ["out"], threads=self.threads)]
+            return [out for (out,) in _run(path, calls, ["out"], self.threads)]
 
     def _loop(self, model: onnx.ModelProto) -> Samples:
         """Returns the samples of the loop that the budget is held to."""
@@ -371,6 +371,14 @@ class _Search:
             )
             return min(PictureErrors.between(pixels, wanted).psnr)
         return Errors.between(given, self.wanted).psnr
+
+
+def _run(
+    path: Path, calls: Sequence[Call], outputs: Sequence[str], threads: int | None
+) -> list[list[Array]]:
+    with needs("onnxruntime", extra="cpu"):
+        from ddpm_deploy.engines.ort import run_graph  # noqa: PLC0415
+    return run_graph(path, [call.feeds for call in calls], outputs, threads=threads)
 
 
 def _hint(psnr: float) -> str:

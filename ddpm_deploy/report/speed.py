@@ -83,7 +83,7 @@ def _draw(axes: Axes, heading: str, bars: Sequence[Bar]) -> None:
         height=0.68,
     )
     axes.bar_label(drawn, [_label(bar) for bar in bars], padding=4, fontsize=9, color=_FAINT)
-    axes.set_xlim(0, 1.3 * max(values))
+    axes.set_xlim(0, 1.45 * max(values))  # room for the text beside the longest
     axes.invert_yaxis()
     axes.set_title(heading, fontsize=10, loc="left")
     axes.grid(visible=True, axis="x", color="#e4e6e8", linewidth=0.6)

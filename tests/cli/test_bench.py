@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_deploy.runtime import METADATA_KEY, RuntimeRecord
 from tests.commands import Outcome, contents, refusal, run
-from tests.support import tiny_spec, write_checkpoint, write_fused, write_graph
+from tests.support import tiny_spec, write_checkpoint, write_fused, write_graph, write_state_dict
 
 QUICK = ["--steps", "3", "--repeat", "2", "--warm-up", "1", "--threads", "1", "--no-memory"]
 
@@ -239,6 +239,20 @@ def test_memory_and_start_are_those_of_a_process_alone() -> None:
     assert 0 < result["load"] < result["cold_start"]
     (missing,) = report["failed"]  # once, though its own process and this one found it
     assert missing["reason"] == "There is no file missing.onnx."
+
+
+def test_a_process_that_dies_takes_its_row_alone(folder: Path) -> None:
+    write_graph(Path("unet.onnx"), tiny_spec().with_changes(family="own"))
+    write_state_dict(Path("ckpt.pt"))
+    Path("deadly.py").write_text("import os\n\ndef make():\n    os.kill(os.getpid(), 9)\n")
+    arguments = ["-e", "unet.onnx", "-e", "ckpt.pt", "--model", "deadly:make"]
+    outcome = bench(*arguments, "--memory", "--json")
+    assert outcome.code == 0, outcome
+    report = json.loads(outcome.out)
+    assert [result["name"] for result in report["results"]] == ["onnxruntime CPU unet.onnx"]
+    (dead,) = report["failed"]
+    assert (dead["name"], dead["reason"]) == ("ckpt.pt", "Its process ended with SIGKILL.")
+    assert "smaller --batch" in dead["hint"]
 
 
 def test_layers_are_those_of_the_graph() -> None:

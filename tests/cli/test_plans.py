@@ -15,8 +15,7 @@ COMMANDS = (
     "sample -e unet.plan",
     "verify -e unet.plan --against unet.onnx",
     "verify -e unet.onnx --against unet.plan",
-    "bench -e unet.plan",
-    "bench -e unet.onnx -e unet.plan",
+    "bench -e unet.plan --no-memory",  # which another process would measure, unpatched
     "nll -e unet.plan --data digits",
 )
 
@@ -67,6 +66,15 @@ def test_without_a_gpu_the_graph_is_named_that_runs(
     assert refusal(outcome).startswith("unet.plan does not run here. There is no NVIDIA driver")
     assert "Or run its graph on the CPU: --engine unet.onnx" in outcome.err
     assert contents(folder) == before
+
+
+def test_beside_an_engine_that_runs_a_plan_that_does_not_is_told() -> None:
+    write_plan(Path("unet.plan"))
+    Path("unet.plan").write_bytes(BYTES[:-1])
+    quick = ("--steps", 2, "--repeat", 1, "--no-memory")
+    timed = run("bench", "-e", "unet.onnx", "-e", "unet.plan", *quick)
+    assert timed.code == 0, timed
+    assert "not timed: unet.plan: unet.plan has" in timed.out
 
 
 def test_a_plan_has_no_loop_in_pytorch() -> None:
