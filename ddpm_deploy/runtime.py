@@ -33,7 +33,12 @@ class RuntimeRecord:
         streams: Parts that a batch is cut into, which run side by side; at most one a core.
         best_batch: The batch that was measured to be the fastest; None where nobody measured.
         graph_sha256: Of the graph that it was built from.
+        fused: Whether the sampler's step stands behind the network.
+        threads: CPU threads that it was measured with; None for one a core.
+        budget: Largest error that was allowed; None for the precision's own.
         error: Of its output over the peak, as measured when it was built.
+        psnr: Of the worst image of a short loop against the graph's in float32, in decibels, where
+            the precision is lower.
         milliseconds: Of one image's step in each runtime that was tried, by name; empty where the
             runtime was named.
         machine: Where it was built: the processor and the versions of the runtimes that were there.
@@ -45,7 +50,11 @@ class RuntimeRecord:
     streams: int = 1
     best_batch: int | None = None
     graph_sha256: str = ""
+    fused: bool = False
+    threads: int | None = None
+    budget: float | None = None
     error: float | None = None
+    psnr: float | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
 
@@ -93,7 +102,8 @@ def _check(record: RuntimeRecord) -> None:
             name == "best_batch" and number is None
         ):
             raise ValueError(f"its {name} is {number!r}")
-    numbers = [*record.milliseconds.values(), *([] if record.error is None else [record.error])]
+    said = [each for each in (record.budget, record.error, record.psnr) if each is not None]
+    numbers = [*record.milliseconds.values(), *said]
     texts = [record.graph_sha256, *record.machine.values()]
     if not all(type(number) in {int, float} for number in numbers):
         raise TypeError(f"{numbers} are not all numbers")

@@ -38,10 +38,12 @@ def command(
     graph: Annotated[Path, typer.Argument(help="ONNX file from `export`.")] = Path("unet.onnx"),
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Engine to write; unet.plan or unet.ort.onnx."),
+        typer.Option("--output", "-o", help="Engine to write; unet.plan, unet.ort.onnx ..."),
     ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="A plan in half precision.")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="A plan in bfloat16.")] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="bfloat16: a plan, or for OpenVINO.")
+    ] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="A plan in float32, without TF32.")] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="Layers in int8, as many as the budget allows.")
@@ -102,7 +104,7 @@ def command(
         bool, typer.Option("--keep-graph", help="Keep the converted graph: unet.fp16.onnx.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Build a plan again though nothing has changed.")
+        bool, typer.Option("--force", help="Build or measure again though nothing has changed.")
     ] = False,
     fuse_step: Annotated[
         bool, typer.Option("--fuse-step", help="Put the sampler's step behind the network.")
@@ -116,8 +118,9 @@ def command(
     With --fp16, --bf16, --fp32, --runtime tensorrt or rtx, or -o NAME.plan that
     is a TensorRT plan, of the TensorRT installed; float32 if no precision is
     named. TensorRT builds on the GPU that the plan is for; TensorRT-RTX builds
-    ahead of time, with or without a GPU. Else it is an ONNX Runtime engine in
-    float32, checked against its graph (--threads, --device). --int8 writes the
+    ahead of time, with or without a GPU. Else it is an engine for a CPU, of
+    ONNX Runtime if no other runtime is named, checked against its graph
+    (--threads, --device), and its best batch measured. --int8 writes the
     graph that all of them take, unet.int8.onnx, and a plan if a TensorRT is named
     or there is a GPU for one.
     """
@@ -152,6 +155,11 @@ def command(
             "build.",
             hint="Leave them out, or type --fp16, --bf16 or --int8.",
         )
+    if precision == "bf16" and data is not None and not as_plan:
+        raise EngineBuildError(
+            "OpenVINO takes all of a network in bfloat16: nothing is chosen by --data.",
+            hint="Leave --data out.",
+        )
     if not as_plan:
         if precision == "int8":
             build_int8(
@@ -173,7 +181,7 @@ def command(
                 graph,
                 output,
                 runtime="onnxruntime" if runtime is None else runtime,
-                precision=precision or "fp32",
+                precision=precision,
                 fuse_step=fuse_step,
                 threads=threads,
                 device=device,
@@ -289,10 +297,14 @@ def _refuse_options(ctx: typer.Context, *, as_plan: bool) -> None:
 
 def _gpu_builds() -> bool:
     """Says whether there is a GPU here with a TensorRT for it."""
+    from ddpm_deploy.capability import rtx_runs_on
     from ddpm_deploy.engines.device import find_device
     from ddpm_deploy.engines.flavour import installed
 
-    return bool(installed()) and find_device() is not None
+    device = find_device()
+    return device is not None and any(
+        flavour == "tensorrt" or rtx_runs_on(device.compute_capability) for flavour in installed()
+    )
 
 
 def _choose_flavour(runtime: str | None) -> Flavour:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,11 @@ from ddpm_deploy.cli.common import note, print_json
 from ddpm_deploy.errors import DDPMDeployError, EngineBuildError
 
 if TYPE_CHECKING:
-    from ddpm_deploy.engines.base import Engine
-    from ddpm_deploy.engines.build import Built, Tune, Write
+    from ddpm_deploy.arrays import Samples
+    from ddpm_deploy.engines.build import Built, Write
+    from ddpm_deploy.engines.tune import Judge
     from ddpm_deploy.precision import Precision
     from ddpm_deploy.runtime import Arithmetic, Runtime, RuntimeRecord
-
-LONGEST = 4.0
-"""Seconds that the calls of one batch may take while the best batch is looked for."""
 
 _SUFFIX = {"onnxruntime": "ort", "openvino": "ov", "auto": "cpu"}
 
@@ -30,11 +29,13 @@ def build_for_cpu(
     output: Path | None,
     *,
     runtime: str,
-    precision: Precision,
+    precision: Precision | None,
     fuse_step: bool = False,
     threads: int | None = None,
     device: str = "auto",
     budget: float | None = None,
+    exact: Path | None = None,
+    decibels: float | None = None,
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -44,58 +45,65 @@ def build_for_cpu(
         graph: The file that `export` wrote; with Q/DQ pairs where the precision is int8.
         output: Where to; a name beside the graph when None.
         runtime: `onnxruntime`, `openvino`, or `auto` for the faster of those that are installed.
-        precision: Of the engine.
+        precision: Of the engine; the graph's when None.
         fuse_step: Whether the sampler's step stands behind the network; ONNX Runtime alone.
         threads: CPU threads, for the check and what is measured.
         device: As in `open_engine`.
         budget: Largest error over the output's peak; the precision's own when None.
+        exact: The float32 graph whose pictures a lower precision is compared with; `graph` when
+            None.
+        decibels: The least that the worst of these pictures may have.
         force: Measure and build again though nothing has changed.
         json: Print the result as JSON.
-    """
-    from ddpm_deploy.engines.base import needs
-    from ddpm_deploy.engines.tune import installed_runtimes
 
+    Raises:
+        DDPMDeployError: As from `build_fastest`; or no runtime has the precision.
+    """
+    from ddpm_deploy.engines.base import check_path, needs
+    from ddpm_deploy.engines.tune import build_fastest, installed_runtimes, still_holds
+
+    check_path(graph)
+    precision = precision or precision_of(graph)
     name = _SUFFIX[runtime] if precision == "fp32" else f"{precision}.{_SUFFIX[runtime]}"
     output = output or graph.with_suffix(f".{name}.onnx")
     if output.suffix != ".onnx":
         raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
-    wanted = _runtimes(runtime, precision, installed_runtimes())
-    if fuse_step and wanted != ["onnxruntime"]:
-        raise EngineBuildError(
-            "OpenVINO's engine has no fused step: its loop runs in NumPy.",
-            hint="Leave --fuse-step out, or type --runtime onnxruntime.",
-        )
+    wanted = _runtimes(runtime, precision, installed_runtimes(), fuse_step=fuse_step)
     if "openvino" in wanted:
         with needs("openvino", extra="openvino"):
             import openvino  # noqa: F401  (say so before the work)
-    measured = None if force or runtime != "auto" else _measured_before(graph, output)
-    if measured is not None:
-        note(f"measured here before for {graph}: {_times(measured)}; --force measures again")
+    records = _records(graph, wanted, precision, fuse_step, threads, budget)
+    before = None if force or runtime != "auto" else _recorded(output)
+    if before is not None and still_holds(before, records[0], wanted):
+        note(f"measured here before for {graph}: {_times(before)}; --force measures again")
         if json:
-            print_json({"path": str(output), "reused": True, "record": asdict(measured)})
+            print_json({"path": str(output), "reused": True, "record": asdict(before)})
         else:
             typer.echo(output)
         return
-    built = _build(
+    built = build_fastest(
         graph,
         output,
-        wanted,
-        precision,
+        records,
+        writer=lambda runtime: _writer(graph, runtime, fuse=fuse_step),
         budget=budget,
-        fuse_step=fuse_step,
-        threads=threads,
+        judge=None if precision == "fp32" else _judge(exact or graph, threads, device),
+        decibels=decibels,
         device=device,
+        on_progress=note,
     )
-    _say(graph, built, fused=fuse_step)
+    _say(graph, built)
     if json:
         print_json({**asdict(built), "path": str(built.path), "reused": False})
     else:
         typer.echo(built.path)
 
 
-def _runtimes(runtime: str, precision: Precision, there: list[Runtime]) -> list[Runtime]:
+def _runtimes(
+    runtime: str, precision: Precision, there: list[Runtime], *, fuse_step: bool
+) -> list[Runtime]:
     """Returns what to build for: one runtime, or all that are installed and have the precision."""
-    if precision == "fp16":
+    if precision == "fp16" and runtime != "onnxruntime":
         raise EngineBuildError(
             "No runtime here computes in half precision on a CPU; they widen it to float32.",
             hint="Type --bf16 or --int8 with --runtime openvino; or build a plan: --fp16",
@@ -105,11 +113,53 @@ def _runtimes(runtime: str, precision: Precision, there: list[Runtime]) -> list[
             "ONNX Runtime has no convolution in bfloat16.",
             hint="Type --runtime openvino; or build a plan: --bf16 --runtime tensorrt, or rtx",
         )
+    if fuse_step and runtime == "openvino":
+        raise EngineBuildError(
+            "OpenVINO's engine has no fused step: its loop runs in NumPy.",
+            hint="Leave --fuse-step out, or type --runtime onnxruntime.",
+        )
     named: dict[str, Runtime] = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
     if runtime in named:
         return [named[runtime]]
     able: list[Runtime] = ["openvino"] if precision == "bf16" else ["onnxruntime", "openvino"]
+    if fuse_step:
+        able = ["onnxruntime"]
     return [each for each in able if each in there] or able[:1]
+
+
+def _records(
+    graph: Path,
+    wanted: list[Runtime],
+    precision: Precision,
+    fuse_step: bool,
+    threads: int | None,
+    budget: float | None,
+) -> list[RuntimeRecord]:
+    """Returns what each engine would say of itself, before anything is measured."""
+    from ddpm_deploy.doctor import read_system
+    from ddpm_deploy.engines.tune import this_machine
+    from ddpm_deploy.files import sha256
+    from ddpm_deploy.runtime import RuntimeRecord
+
+    files = [graph]
+    if find_spec("onnx") is not None:
+        from ddpm_deploy.export.onnx_file import weight_files
+
+        files += weight_files(graph)
+    digest, machine = sha256(*files), this_machine(read_system(runtimes=()).cpu)
+    return [
+        RuntimeRecord(
+            runtime=runtime,
+            precision=precision,
+            arithmetic=_arithmetic(precision, runtime),
+            fused=fuse_step,
+            threads=threads,
+            budget=budget,
+            graph_sha256=digest,
+            machine=machine,
+        )
+        for runtime in wanted
+    ]
 
 
 def _arithmetic(precision: Precision, runtime: Runtime) -> Arithmetic:
@@ -128,137 +178,57 @@ def _arithmetic(precision: Precision, runtime: Runtime) -> Arithmetic:
     return "f32"
 
 
-def _build(
-    graph: Path,
-    output: Path,
-    wanted: list[Runtime],
-    precision: Precision,
-    *,
-    budget: float | None,
-    fuse_step: bool,
-    threads: int | None,
-    device: str,
-) -> Built:
-    """Builds for each runtime, and keeps the faster engine."""
-    from tempfile import TemporaryDirectory
-
-    from ddpm_deploy.engines import open_engine
-    from ddpm_deploy.engines.base import check_path
-    from ddpm_deploy.engines.build import build_engine
-    from ddpm_deploy.engines.race import race, winner
-    from ddpm_deploy.engines.tune import this_machine
-    from ddpm_deploy.files import sha256
-    from ddpm_deploy.runtime import RuntimeRecord
-
-    check_path(graph)
-    digest, machine = sha256(graph), this_machine()
-    records = {
-        runtime: RuntimeRecord(
-            runtime=runtime,
-            precision=precision,
-            arithmetic=_arithmetic(precision, runtime),
-            graph_sha256=digest,
-            machine=machine,
-        )
-        for runtime in wanted
-    }
-
-    def build(record: RuntimeRecord, place: Path, *, tuned: bool = False) -> Built:
-        write = _writer(graph, record.runtime, fuse=fuse_step)
-        tune = None if tuned or write is None else _tuner(threads, device)
-        return build_engine(
-            graph,
-            place,
-            record,
-            write=write,
-            tune=tune,
-            budget=budget,
-            threads=threads,
-            device=device,
-        )
-
-    if len(wanted) == 1:
-        return build(records[wanted[0]], output)
-    with TemporaryDirectory() as folder:
-        made: dict[str, Built] = {}
-        for runtime, record in records.items():
-            note(f"building and measuring for {runtime}")
-            made[runtime] = build(record, Path(folder) / f"{runtime}.onnx")
-        batch = max(each.record.best_batch or 1 for each in made.values())
-        engines: dict[str, Engine] = {
-            name: open_engine(each.path, threads=threads) for name, each in made.items()
-        }
-        seconds = race(engines, batch)
-        for engine in engines.values():
-            engine.close()
-    best = made[winner(seconds)]
-    taken = {name: 1000 * each / batch for name, each in seconds.items()}
-    kept = replace(best.record, milliseconds=taken)
-    return build(kept, output, tuned=True)
-
-
 def _writer(graph: Path, runtime: Runtime, *, fuse: bool) -> Write | None:
     """Returns what writes an engine; None where the graph is taken as it is, for want of onnx."""
-    try:
-        from ddpm_deploy.export.lower import lower_graph, write_engine
-    except ImportError:
-        if runtime == "onnxruntime" and not fuse:
-            note(
-                "note: without the package onnx the graph is taken as it is, and attention is "
-                "slower (pip install onnx)"
-            )
-            return None
-        from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.engines.base import needs
 
-        with needs("onnx", extra="openvino" if runtime == "openvino" else "export"):
-            raise
+    if find_spec("onnx") is None and runtime == "onnxruntime" and not fuse:
+        note(
+            "note: without the package onnx the graph is taken as it is, and attention is slower "
+            "(pip install onnx)"
+        )
+        return None
+    with needs("onnx", extra="openvino" if runtime == "openvino" else "export"):
+        from ddpm_deploy.export.lower import Graph, lower_graph, write_engine
 
     @functools.cache
-    def lowered() -> object:
+    def lowered() -> Graph:
         return lower_graph(graph, runtime, fuse=fuse)
 
     def write(record: RuntimeRecord, output: Path) -> None:
-        write_engine(lowered(), record, output)  # type: ignore[arg-type]
+        write_engine(lowered(), record, output)
 
     return write
 
 
-def _tuner(threads: int | None, device: str) -> Tune:
-    """Returns what measures an engine: its batch and, for OpenVINO, its streams."""
+def _judge(exact: Path, threads: int | None, device: str) -> Judge:
+    """Returns what compares an engine's pictures with those of a graph, which are drawn once."""
+    from ddpm_deploy.engines import open_engine
+    from ddpm_deploy.verify.likeness import psnr, short_loop
 
-    def tune(engine: Engine, record: RuntimeRecord) -> RuntimeRecord:
-        from ddpm_deploy.tuning import best_batch
+    @functools.cache
+    def wanted() -> Samples:
+        with open_engine(exact, threads=threads, device=device) as engine:
+            return short_loop(engine)
 
-        batch = best_batch(engine, longest=LONGEST)
-        record = replace(record, best_batch=batch)
-        if record.runtime != "openvino":
-            return record
-        from ddpm_deploy.engines.openvino import OpenVinoEngine
-        from ddpm_deploy.engines.tune import tune_streams
-
-        def reopen(other: RuntimeRecord) -> Engine:
-            return OpenVinoEngine(
-                engine.path, threads=threads, device=device, record=other, cache=False
-            )
-
-        return tune_streams(record, reopen, batch=batch, cores=threads)
-
-    return tune
+    return lambda engine: psnr(short_loop(engine), wanted(), engine.spec)
 
 
-def _measured_before(graph: Path, output: Path) -> RuntimeRecord | None:
-    """Returns what an engine says that was measured here for the same graph; None for any other."""
-    from ddpm_deploy.engines.tune import still_holds, this_machine
-    from ddpm_deploy.files import sha256
+def precision_of(graph: Path) -> Precision:
+    """Returns what a graph says that it is in."""
+    from ddpm_deploy.onnx_metadata import read_metadata
+    from ddpm_deploy.precision import METADATA_KEY, read_precision
+
+    return read_precision(read_metadata(graph).get(METADATA_KEY), source=str(graph)).precision
+
+
+def _recorded(output: Path) -> RuntimeRecord | None:
+    """Returns what an engine says of itself; None where there is none, whatever else there is."""
     from ddpm_deploy.onnx_metadata import read_metadata
     from ddpm_deploy.runtime import METADATA_KEY, read_runtime
 
-    if not output.is_file() or not graph.is_file():
-        return None
-    with suppress(DDPMDeployError):  # whatever is there is overwritten
-        record = read_runtime(read_metadata(output).get(METADATA_KEY), source=str(output))
-        if record is not None and still_holds(record, sha256(graph), this_machine()):
-            return record
+    with suppress(DDPMDeployError):
+        return read_runtime(read_metadata(output).get(METADATA_KEY), source=str(output))
     return None
 
 
@@ -267,12 +237,12 @@ def _times(record: RuntimeRecord) -> str:
     return f"{times} an image" if times else f"{record.runtime} alone"
 
 
-def _say(graph: Path, built: Built, *, fused: bool) -> None:
+def _say(graph: Path, built: Built) -> None:
     record = built.record
     if record.milliseconds:
-        note(f"{record.runtime} is the faster here: {_times(record)}")
+        note(f"{record.runtime} is the fastest here: {_times(record)}")
     apart = f"at most {built.deviation:.1e} of the peak from" if built.deviation else "the same as"
-    step = " with its step fused" if fused else ""
+    step = " with its step fused" if record.fused else ""
     precision = {"fp32": "float32", "bf16": "bfloat16"}.get(record.precision, record.precision)
     plan = " (for a TensorRT plan name its precision: --fp16)" if precision == "float32" else ""
     note(

@@ -175,6 +175,8 @@ def _runtime_rows(record: RuntimeRecord) -> Iterator[tuple[str, str]]:
         yield "best batch", str(record.best_batch)
     if record.error is not None:
         yield "error", f"{record.error:.1e} of the output's peak from the graph's, when built"
+    if record.psnr is not None:
+        yield "likeness", f"{record.psnr:.1f} dB from float32 at the worst of a short loop's images"
     for runtime, each in record.milliseconds.items():
         yield "measured", f"{runtime}: {each:.2f} ms an image and step"
     if record.machine:

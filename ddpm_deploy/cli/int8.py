@@ -115,9 +115,17 @@ def build_int8(
         fuse_step=fuse_step,
         threads=threads,
         device=device,
+        exact=graph if _is_float32(graph) else None,
+        decibels=psnr,
         force=force,
         json=json,
     )
+
+
+def _is_float32(graph: Path) -> bool:
+    from ddpm_deploy.cli.cpu import precision_of
+
+    return precision_of(graph) == "fp32"
 
 
 def _quantise(

@@ -6,6 +6,7 @@ The exported graph stays the artefact of record; what comes out here is for one 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeAlias
 
 import onnx
 from onnx import helper
@@ -18,6 +19,8 @@ from ddpm_deploy.export.time_table import tabulate_time
 from ddpm_deploy.export.whole_norm import merge_single_groups
 from ddpm_deploy.runtime import METADATA_KEY, Runtime, RuntimeRecord, read_runtime
 from ddpm_deploy.spec import ModelSpec
+
+Graph: TypeAlias = onnx.ModelProto
 
 
 def lower(model: onnx.ModelProto, runtime: Runtime) -> onnx.ModelProto:

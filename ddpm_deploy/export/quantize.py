@@ -42,13 +42,12 @@ from ddpm_deploy.export.qdq import (
 )
 from ddpm_deploy.export.ranges import Magnitudes, best_range
 from ddpm_deploy.fused import METADATA_KEY as FUSED_KEY
-from ddpm_deploy.images import is_picture, to_pixels
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.parity import relative_error
 from ddpm_deploy.precision import METADATA_KEY, LoopRecord, PrecisionRecord, read_precision
 from ddpm_deploy.sampling import denoise
 from ddpm_deploy.spec import ModelSpec
-from ddpm_deploy.verify.measures import Errors, PictureErrors
+from ddpm_deploy.verify.likeness import psnr
 
 PSNR = 30.0
 """Decibels that are asked for where nobody says: less than a step of 8 bits in 8 on average."""
@@ -363,14 +362,7 @@ class _Search:
 
     def _psnr(self, given: Samples) -> float:
         """Returns the decibels of the worst image."""
-        if not np.isfinite(given).all():
-            return -np.inf
-        if is_picture(self.spec.sample_shape):
-            pixels, wanted = (
-                to_pixels(x, value_range=self.spec.value_range) for x in (given, self.wanted)
-            )
-            return min(PictureErrors.between(pixels, wanted).psnr)
-        return Errors.between(given, self.wanted).psnr
+        return psnr(given, self.wanted, self.spec)
 
 
 def _run(

@@ -31,7 +31,8 @@ def build(*arguments: object) -> Outcome:
 def test_without_a_precision_the_engine_is_onnx_runtime_s_and_the_command_says_so() -> None:
     outcome = build()
     assert (outcome.code, outcome.out) == (0, "unet.ort.onnx\n")
-    assert outcome.err.startswith("built for onnxruntime 1.")
+    assert outcome.err.startswith("onnxruntime is fastest at batch ")
+    assert "\nbuilt for onnxruntime 1." in outcome.err
     assert "CPU in float32 (for a TensorRT plan name its precision: --fp16): " in outcome.err
     assert ": the same as unet.onnx; " in outcome.err
     assert sorted(contents(Path())) == ["unet.onnx", "unet.ort.onnx"]
@@ -66,6 +67,10 @@ def test_json_has_the_measurements() -> None:
         (["--fp16", "--runtime", "onnxruntime", "-o", "unet.onnx"], "would overwrite the graph"),
         (["--batch", "4"], "--batch is for a TensorRT plan."),
         (["--runtime", "openvino", "--fuse-step"], "OpenVINO's engine has no fused step"),
+        (
+            ["--runtime", "openvino", "--bf16", "--data", "digits"],
+            "takes all of a network",
+        ),
         (["--runtime", "auto", "--fp16"], "No runtime here computes in half precision on a CPU"),
         (["missing.onnx"], "There is no file missing.onnx."),
         (["notes.txt"], "notes.txt is no ONNX file: its suffix is '.txt'."),
@@ -229,7 +234,7 @@ def test_a_budget_that_half_precision_cannot_keep_is_refused(exported: Path) -> 
 def test_openvino_s_engine_is_the_graph_and_samples() -> None:
     outcome = build("--runtime", "openvino")
     assert (outcome.code, outcome.out) == (0, "unet.ov.onnx\n")
-    assert outcome.err.startswith("built for openvino 20")
+    assert "\nbuilt for openvino 20" in outcome.err
     assert sorted(contents(Path())) == ["unet.onnx", "unet.ov.onnx"]
     assert run("sample", "-e", "unet.ov.onnx", "-n", 3, "-o", "a").code == 0
     assert run("sample", "-e", "unet.onnx", "-n", 3, "-o", "b").code == 0
@@ -253,7 +258,7 @@ def test_auto_measures_what_is_installed_and_remembers() -> None:
     outcome = build("--runtime", "auto")
     assert (outcome.code, outcome.out) == (0, "unet.cpu.onnx\n")
     assert "building and measuring for onnxruntime" in outcome.err
-    assert " is the faster here: onnxruntime " in outcome.err
+    assert " is the fastest here: onnxruntime " in outcome.err
     before = contents(Path())
     again = build("--runtime", "auto")
     assert (again.code, again.out) == (0, "unet.cpu.onnx\n")
@@ -261,6 +266,13 @@ def test_auto_measures_what_is_installed_and_remembers() -> None:
     assert contents(Path()) == before
     record = json.loads(build("--runtime", "auto", "--json").out)["record"]
     assert record["milliseconds"].keys() == {"onnxruntime", "openvino"}
+    named = build("--runtime", "onnxruntime", "-o", "unet.cpu.onnx")
+    assert named.code == 0
+    assert "building and measuring" in build("--runtime", "auto").err, "it was not measured"
+    other = build("--runtime", "auto", "--bf16", "-o", "unet.cpu.onnx")
+    assert "measured here before" not in other.err
+    assert open_engine("unet.cpu.onnx").precision == "bf16"
+    build("--runtime", "auto")
     write_graph(Path("unet.onnx"), tiny_spec(classes=4), bias=0.5)
     assert "building and measuring for openvino" in build("--runtime", "auto").err
     assert "building and measuring" in build("--runtime", "auto", "--force").err

@@ -12,7 +12,6 @@ from ddpm_deploy import open_engine
 from ddpm_deploy.arrays import Array
 from ddpm_deploy.engines.openvino import OpenVinoEngine, has_bf16
 from ddpm_deploy.engines.race import race, winner
-from ddpm_deploy.engines.tune import still_holds, this_machine, tune_streams
 from ddpm_deploy.errors import EngineError, SpecError
 from ddpm_deploy.export.lower import lower_graph, write_engine
 from ddpm_deploy.export.to_onnx import export_network
@@ -164,31 +163,8 @@ def test_the_fastest_wins_and_of_equals_the_first() -> None:
     assert winner({"a": 1.0, "b": 0.99, "c": 2.0}) == "a"
 
 
-def test_engines_take_turns_and_each_is_timed(exported: Path) -> None:
+def test_engines_take_turns_and_each_is_timed_at_its_own_batch(exported: Path) -> None:
     with open_engine(exported) as engine, OpenVinoEngine(exported) as other:
-        taken = race({"one": engine, "two": other}, 2, turns=2)
+        taken = race({"one": engine, "two": other}, {"one": 2, "two": 3}, turns=2)
     assert taken.keys() == {"one", "two"}
     assert all(seconds > 0 for seconds in taken.values())
-
-
-def test_streams_are_no_more_than_the_batch_and_the_cores(exported: Path) -> None:
-    record = RuntimeRecord(runtime="openvino", streams=4)
-    opened: list[int] = []
-
-    def reopen(other: RuntimeRecord) -> OpenVinoEngine:
-        opened.append(other.streams)
-        return OpenVinoEngine(exported, record=other, cache=False)
-
-    assert tune_streams(record, reopen, batch=1).streams == 1
-    assert opened == []
-    assert tune_streams(record, reopen, batch=3, cores=8).streams in {1, 2}
-    assert opened == [1, 2]
-
-
-def test_a_measurement_holds_for_its_graph_and_its_machine_alone() -> None:
-    machine = this_machine()
-    assert machine["processor"]
-    record = RuntimeRecord(runtime="openvino", graph_sha256="ab", machine=machine)
-    assert still_holds(record, "ab", machine)
-    assert not still_holds(record, "cd", machine)
-    assert not still_holds(record, "ab", {**machine, "openvino": "openvino 1.0"})
