@@ -29,6 +29,7 @@ from ddpm_deploy.engines.contenders import (
     Opened,
     close_all,
     contest,
+    is_plain,
     open_all,
     peers,
     spec_of_first,
@@ -98,6 +99,7 @@ def _ours(arguments: argparse.Namespace, threads: int) -> list[Contender]:
     return [
         Contender(kind="engine", path=path, label=path.name, threads=threads, device="cpu")
         for path in arguments.engines
+        if not is_plain(path)  # that is the peers'
     ]
 
 
