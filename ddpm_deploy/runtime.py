@@ -6,7 +6,7 @@ A graph that `export` wrote has no such record, and runs in any runtime.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
 
@@ -37,6 +37,8 @@ class RuntimeRecord:
         threads: CPU threads that it was measured with; None for one a core.
         budget: Largest error that was allowed; None for the precision's own.
         error: Of its output over the peak, as measured when it was built.
+        shift: What each channel of the output was too large by in the mean, and what the engine
+            takes off; empty where nobody measured.
         psnr: Of the worst image of a short loop against the graph's in float32, in decibels, where
             the precision is lower.
         milliseconds: Of one image's step in each runtime that was tried, by name; empty where the
@@ -54,6 +56,7 @@ class RuntimeRecord:
     threads: int | None = None
     budget: float | None = None
     error: float | None = None
+    shift: Sequence[float] = ()
     psnr: float | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
@@ -79,7 +82,7 @@ def read_runtime(text: str | None, *, source: str) -> RuntimeRecord | None:
         said = json.loads(text)
         if said.pop("format") != FORMAT:
             raise ValueError("its format is another release's")
-        record = RuntimeRecord(**said)
+        record = RuntimeRecord(**{**said, "shift": tuple(said.get("shift", ()))})
         _check(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as damage:
         raise SpecError(
@@ -103,7 +106,7 @@ def _check(record: RuntimeRecord) -> None:
         ):
             raise ValueError(f"its {name} is {number!r}")
     said = [each for each in (record.budget, record.error, record.psnr) if each is not None]
-    numbers = [*record.milliseconds.values(), *said]
+    numbers = [*record.milliseconds.values(), *record.shift, *said]
     texts = [record.graph_sha256, *record.machine.values()]
     if not all(type(number) in {int, float} for number in numbers):
         raise TypeError(f"{numbers} are not all numbers")

@@ -15,6 +15,8 @@ RECORD = RuntimeRecord(
     best_batch=4,
     graph_sha256="ab" * 32,
     error=3e-3,
+    shift=(1e-3, -2e-3, 0.0),
+    psnr=41.5,
     milliseconds={"onnxruntime": 40.0, "openvino": 36.5},
     machine={"processor": "a processor", "openvino": "openvino 2026.4.1"},
 )
@@ -41,6 +43,8 @@ def test_a_graph_has_no_record() -> None:
         {"best_batch": 0},
         {"milliseconds": {"onnxruntime": "x"}},
         {"error": "abc"},
+        {"shift": ["a"]},
+        {"shift": 3},
         {"machine": [1]},
         {"machine": {"cores": 2}},
         {"colour": "red"},

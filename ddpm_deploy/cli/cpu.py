@@ -15,9 +15,7 @@ from ddpm_deploy.cli.common import note, print_json
 from ddpm_deploy.errors import DDPMDeployError, EngineBuildError
 
 if TYPE_CHECKING:
-    from ddpm_deploy.arrays import Samples
     from ddpm_deploy.engines.build import Built, Write
-    from ddpm_deploy.engines.tune import Judge
     from ddpm_deploy.precision import Precision
     from ddpm_deploy.runtime import Arithmetic, Runtime, RuntimeRecord
 
@@ -59,8 +57,10 @@ def build_for_cpu(
     Raises:
         DDPMDeployError: As from `build_fastest`; or no runtime has the precision.
     """
+    from ddpm_deploy.engines import open_engine
     from ddpm_deploy.engines.base import check_path, needs
     from ddpm_deploy.engines.tune import build_fastest, installed_runtimes, still_holds
+    from ddpm_deploy.verify.likeness import Exact
 
     check_path(graph)
     precision = precision or precision_of(graph)
@@ -81,13 +81,15 @@ def build_for_cpu(
         else:
             typer.echo(output)
         return
+    opened = functools.partial(open_engine, exact or graph, threads=threads, device=device)
+    judge = None if precision == "fp32" else Exact(opened=opened)
     built = build_fastest(
         graph,
         output,
         records,
         writer=lambda runtime: _writer(graph, runtime, fuse=fuse_step),
         budget=budget,
-        judge=None if precision == "fp32" else _judge(exact or graph, threads, device),
+        judge=judge,
         decibels=decibels,
         device=device,
         on_progress=note,
@@ -199,19 +201,6 @@ def _writer(graph: Path, runtime: Runtime, *, fuse: bool) -> Write | None:
         write_engine(lowered(), record, output)
 
     return write
-
-
-def _judge(exact: Path, threads: int | None, device: str) -> Judge:
-    """Returns what compares an engine's pictures with those of a graph, which are drawn once."""
-    from ddpm_deploy.engines import open_engine
-    from ddpm_deploy.verify.likeness import psnr, short_loop
-
-    @functools.cache
-    def wanted() -> Samples:
-        with open_engine(exact, threads=threads, device=device) as engine:
-            return short_loop(engine)
-
-    return lambda engine: psnr(short_loop(engine), wanted(), engine.spec)
 
 
 def precision_of(graph: Path) -> Precision:

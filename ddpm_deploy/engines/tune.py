@@ -11,7 +11,9 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
+from ddpm_deploy.arrays import Array
 from ddpm_deploy.engines.base import Engine, open_engine
 from ddpm_deploy.engines.build import Built, Tune, Write, build_engine
 from ddpm_deploy.engines.race import race, winner
@@ -25,8 +27,16 @@ ALIKE = 120.0
 LONGEST = 3.0
 """Seconds that the calls of one batch may take while the best batch is looked for."""
 
-Judge = Callable[[Engine], float]
-"""Returns how like float32's an engine's pictures are, in decibels."""
+
+class Judge(Protocol):
+    """What compares engines of a lower precision with float32."""
+
+    def psnr(self, engine: Engine) -> float:
+        """Returns how like float32's an engine's pictures are, in decibels."""
+
+    def shift(self, engine: Engine) -> Array:
+        """Returns what each channel of its output is too large by in the mean: (C,)."""
+
 
 Reopen = Callable[[RuntimeRecord], Engine]
 """Opens an engine as another record says."""
@@ -67,6 +77,7 @@ def still_holds(before: RuntimeRecord, asked: RuntimeRecord, wanted: Sequence[Ru
         streams=asked.streams,
         best_batch=None,
         error=None,
+        shift=(),
         psnr=None,
         milliseconds={},
     )
@@ -141,7 +152,8 @@ def build_fastest(
         records: One a runtime, none of them measured yet; of equals the first is kept.
         writer: Returns what writes a runtime's engine, as in `build_engine`.
         budget: As there.
-        judge: Measures what a lower precision costs; None where nobody asks.
+        judge: Measures what a lower precision costs, and what its mean is off by, which the engine
+            then takes off; None where nobody asks.
         decibels: The least that it may say. Where bfloat16 between int8 layers says less, float32
             stands there.
         device: As there.
@@ -154,6 +166,8 @@ def build_fastest(
 
     def build(record: RuntimeRecord, place: Path, *, measured: bool = False) -> Built:
         write = writer(record.runtime)
+        if judge is not None and write is not None and not measured:
+            record = _shifted(graph, record, write, judge, budget=budget, device=device)
         tuner = _tuner(judge, decibels, device, on_progress)
         try:
             return build_engine(
@@ -170,7 +184,7 @@ def build_fastest(
             if record.precision != "int8" or record.arithmetic == "f32":
                 raise
             on_progress(f"{error} Float32 between the int8 layers, then.")
-            return build(replace(record, arithmetic="f32"), place)
+            return build(replace(record, arithmetic="f32", shift=()), place)
 
     if len(records) == 1:
         return build(records[0], output)
@@ -200,6 +214,26 @@ def build_fastest(
     return build(kept, output, measured=True)
 
 
+def _shifted(
+    graph: Path,
+    record: RuntimeRecord,
+    write: Write,
+    judge: Judge,
+    *,
+    budget: float | None,
+    device: str,
+) -> RuntimeRecord:
+    """Builds an engine for a moment, and returns the record with what its mean is off by."""
+    with TemporaryDirectory() as folder:
+        place = Path(folder) / "unshifted.onnx"
+        build_engine(
+            graph, place, record, write=write, budget=budget, threads=record.threads, device=device
+        )
+        with open_engine(place, threads=record.threads, device=device) as engine:
+            shift = judge.shift(engine)
+    return replace(record, shift=tuple(float(each) for each in shift))
+
+
 class _UnlikeError(EngineBuildError):
     """An engine's pictures are further from float32's than was allowed."""
 
@@ -212,7 +246,7 @@ def _tuner(
 ) -> Tune:
     def measured(engine: Engine, record: RuntimeRecord) -> RuntimeRecord:
         if judge is not None:
-            found = judge(engine)
+            found = judge.psnr(engine)
             if decibels is not None and not found >= decibels:
                 raise _UnlikeError(
                     f"The worst image of a short loop is {found:.1f} dB from float32's; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import onnx
 from onnx import helper
 
@@ -15,6 +16,7 @@ from ddpm_deploy.errors import ExportError
 from ddpm_deploy.export.fuse_step import fuse_step
 from ddpm_deploy.export.one_attention import merge_attention
 from ddpm_deploy.export.onnx_file import load_graph, metadata, save_graph
+from ddpm_deploy.export.qdq import shift_output
 from ddpm_deploy.export.time_table import tabulate_time
 from ddpm_deploy.export.whole_norm import merge_single_groups
 from ddpm_deploy.runtime import METADATA_KEY, Runtime, RuntimeRecord, read_runtime
@@ -72,9 +74,11 @@ def lower_graph(graph: Path, runtime: Runtime, *, fuse: bool = False) -> onnx.Mo
 
 
 def write_engine(model: onnx.ModelProto, record: RuntimeRecord, output: Path) -> None:
-    """Writes a lowered graph with what it says of itself."""
+    """Writes a lowered graph with what it says of itself, and its output's mean put right."""
     engine = onnx.ModelProto()
     engine.CopyFrom(model)
+    if record.shift:
+        engine = shift_output(engine, np.array(record.shift, np.float32))
     said = {**metadata(model), METADATA_KEY: record.to_json()}
     helper.set_model_props(engine, said)
     save_graph(engine, output)

@@ -22,7 +22,7 @@ _PART = re.compile(r"(?P<whole>.+)\.\d+(?:\.(?P<name>.+))?")
 _STANDARD = ("", ONNX_DOMAIN)
 _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
-LOWERED = (".one", ".row", ".whole")
+LOWERED = (".one", ".row", ".shift", ".whole")
 """Ends the names of nodes that stand for several, from a pass; what they give keeps its name."""
 
 _SAME_AS = {

@@ -146,7 +146,7 @@ def without_pairs(
 def shift_output(model: onnx.ModelProto, shift: Array) -> onnx.ModelProto:
     """Subtracts a constant from every channel of the output.
 
-    Rounding to int8 moves the mean of a channel a little, always to the same side, and a loop adds
+    Rounding moves the mean of a channel a little, always to the same side, and a loop adds
     that up over its steps: it is most of what the pictures lose (Nagel et al. 2019,
     https://arxiv.org/abs/1906.04721, section 4.2, correct it layer by layer).
 
@@ -165,7 +165,7 @@ def shift_output(model: onnx.ModelProto, shift: Array) -> onnx.ModelProto:
     graph.initializer.append(
         numpy_helper.from_array(np.asarray(-shift, np.float32).reshape(1, -1, *[1] * dims), mean)
     )
-    graph.node.append(helper.make_node("Add", [exact, mean], ["out"], name="node_out_shift"))
+    graph.node.append(helper.make_node("Add", [exact, mean], ["out"], name="out.shift"))
     return copy
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ddpm_deploy import Engine, open_engine
@@ -14,7 +16,17 @@ from ddpm_deploy.errors import EngineBuildError
 from ddpm_deploy.export.lower import lower_graph, write_engine
 from ddpm_deploy.runtime import Runtime, RuntimeRecord
 from ddpm_deploy.tuning import BatchTime
+from ddpm_deploy.verify.likeness import Exact
 from tests.support import tiny_spec, write_graph
+
+
+class Judged:
+    """Says what it is told to."""
+
+    def __init__(self, psnr: Callable[[Engine], float], shift: float = 0.0) -> None:
+        self.psnr = psnr
+        self.shift = lambda _: np.full(1, shift)
+
 
 RECORD = RuntimeRecord(
     runtime="openvino", graph_sha256="ab", machine=this_machine("a processor"), threads=2
@@ -123,12 +135,17 @@ def test_decibels_that_are_asked_for_are_kept_or_refused(graph: Path) -> None:
             output,
             asked,
             writer=lambda r: writer(graph, r),
-            judge=lambda _: 29.5,
+            judge=Judged(lambda _: 29.5),
             decibels=30.0,
         )
     assert not output.exists()
     built = build_fastest(
-        graph, output, asked, writer=lambda r: writer(graph, r), judge=lambda _: 31.0, decibels=30.0
+        graph,
+        output,
+        asked,
+        writer=lambda r: writer(graph, r),
+        judge=Judged(lambda _: 31.0),
+        decibels=30.0,
     )
     assert built.record.psnr == 31.0
 
@@ -146,9 +163,37 @@ def test_int8_that_bfloat16_spoils_has_float32_between_its_layers(graph: Path) -
         output,
         [replace(RECORD, precision="int8", arithmetic="bf16")],
         writer=lambda r: writer(graph, r),
-        judge=judge,
+        judge=Judged(judge),
         decibels=30.0,
         on_progress=told.append,
     )
     assert (built.record.arithmetic, built.record.psnr) == ("f32", 33.0)
     assert any("Float32 between the int8 layers, then." in line for line in told)
+
+
+def test_what_the_mean_is_off_by_is_taken_off(graph: Path) -> None:
+    output = graph.with_name("unet.bf16.ov.onnx")
+    asked = [replace(RECORD, precision="bf16", arithmetic="bf16")]
+    built = build_fastest(
+        graph,
+        output,
+        asked,
+        writer=lambda r: writer(graph, r),
+        judge=Judged(lambda _: 40.0, shift=0.01),
+    )
+    assert built.record.shift == (0.01,)
+    x = np.zeros((2, 1, 8, 8), np.float32)
+    t = np.array([3, 4])
+    with open_engine(output) as engine, open_engine(graph) as exact:
+        np.testing.assert_allclose(engine(x, t), exact(x, t) - 0.01, atol=1e-4)
+
+
+def test_an_engine_s_mean_and_its_likeness_are_measured_against_float32(tmp_path: Path) -> None:
+    spec = tiny_spec(classes=3)
+    graph = write_graph(tmp_path / "unet.onnx", spec)
+    other = write_graph(tmp_path / "other.onnx", spec, bias=0.25)
+    exact = Exact(opened=lambda: open_engine(graph))
+    with open_engine(other) as engine, open_engine(graph) as same:
+        np.testing.assert_allclose(exact.shift(engine), [0.25], atol=1e-6)
+        assert exact.psnr(engine) < 40
+        assert exact.psnr(same) == np.inf
