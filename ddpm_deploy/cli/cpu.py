@@ -48,8 +48,8 @@ def build_for_cpu(
         threads: CPU threads, for the check and what is measured.
         device: As in `open_engine`.
         budget: Largest error over the output's peak; the precision's own when None.
-        exact: The float32 graph whose pictures a lower precision is compared with; `graph` when
-            None.
+        exact: The float32 graph that a lower precision is compared with; `graph` when None and it
+            is in float32; else nothing is compared.
         decibels: The least that the worst of these pictures may have.
         force: Measure and build again though nothing has changed.
         json: Print the result as JSON.
@@ -63,7 +63,10 @@ def build_for_cpu(
     from ddpm_deploy.verify.likeness import Exact
 
     check_path(graph)
-    precision = precision or precision_of(graph)
+    own = precision_of(graph)
+    precision = precision or own
+    if exact is None and own == "fp32":
+        exact = graph
     name = _SUFFIX[runtime] if precision == "fp32" else f"{precision}.{_SUFFIX[runtime]}"
     output = output or graph.with_suffix(f".{name}.onnx")
     if output.suffix != ".onnx":
@@ -81,8 +84,10 @@ def build_for_cpu(
         else:
             typer.echo(output)
         return
-    opened = functools.partial(open_engine, exact or graph, threads=threads, device=device)
-    judge = None if precision == "fp32" else Exact(opened=opened)
+    judge = None
+    if precision != "fp32" and exact is not None:
+        opened = functools.partial(open_engine, exact, threads=threads, device=device)
+        judge = Exact(opened=opened)
     built = build_fastest(
         graph,
         output,

@@ -71,14 +71,17 @@ def build_int8(
         force: As in `build_for_cpu`.
         json: Print the result as JSON.
     """
-    from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.cli.cpu import build_for_cpu, precision_of
+    from ddpm_deploy.engines.base import check_path, needs
 
-    place = graph.with_suffix(".int8.onnx")
+    check_path(graph)
+    float32 = precision_of(graph) == "fp32"
+    place = graph.with_suffix(".int8.onnx") if float32 or runtime == "onnxruntime" else graph
     if runtime == "onnxruntime" and output is not None:
         place = output
     if place.suffix != ".onnx":
         raise typer.BadParameter(f"{place} must end in .onnx", param_hint="--output")
-    if place.resolve() == graph.resolve():
+    if place.resolve() == graph.resolve() and (float32 or runtime == "onnxruntime"):
         raise EngineBuildError(
             f"The engine would overwrite the graph it is built from, {graph}.",
             hint="Name another file: -o unet.int8.onnx",
@@ -87,8 +90,9 @@ def build_int8(
         from ddpm_deploy.export.fuse_step import fuse_step as fuse
         from ddpm_deploy.export.onnx_file import write_graph
     quantised = _quantise(graph, psnr=psnr, data=data, threads=threads)
-    written = fuse(quantised.model) if fuse_step else quantised.model
-    write_graph(written, place)
+    if place is not graph:
+        written = fuse(quantised.model) if fuse_step else quantised.model
+        write_graph(written, place)
     _say(quantised, place)
     if runtime == "onnxruntime":
         if json:
@@ -104,8 +108,6 @@ def build_int8(
         else:
             typer.echo(place)
         return
-    from ddpm_deploy.cli.cpu import build_for_cpu
-
     short = {"openvino": "ov"}.get(runtime, "cpu")
     build_for_cpu(
         place,
@@ -115,17 +117,11 @@ def build_int8(
         fuse_step=fuse_step,
         threads=threads,
         device=device,
-        exact=graph if _is_float32(graph) else None,
+        exact=graph if float32 else None,
         decibels=psnr,
         force=force,
         json=json,
     )
-
-
-def _is_float32(graph: Path) -> bool:
-    from ddpm_deploy.cli.cpu import precision_of
-
-    return precision_of(graph) == "fp32"
 
 
 def _quantise(
