@@ -99,7 +99,7 @@ def _openvino(system: System) -> Ability:
             detail="needs " + " and ".join(missing),
             fix="pip install 'ddpm-deploy[openvino]'",
         )
-    detail = f"OpenVINO {version}, on the CPU: float32, bfloat16, int8"
+    detail = f"OpenVINO {version}, on the CPU: float32, int8; bfloat16 where it has that"
     return Ability(command=command, ok=True, detail=detail)
 
 
