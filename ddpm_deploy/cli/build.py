@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ddpm_deploy.cli.common import Device, Json, Threads, note, print_json, settings
-from ddpm_deploy.cli.cpu import build_for_cpu
+from ddpm_deploy.cli.cpu import build_for_cpu, refuse_engine
 from ddpm_deploy.cli.int8 import build_int8, parse_budget
 from ddpm_deploy.errors import DataError, EngineBuildError
 
@@ -191,6 +191,7 @@ def command(
             )
         return
 
+    refuse_engine(graph, runtime="onnxruntime", precision=None)
     from ddpm_deploy.cli.plan import check_plan, make_plan
     from ddpm_deploy.engines.base import needs
     from ddpm_deploy.engines.build_settings import BuildSettings

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ddpm_deploy.spec import ModelSpec
 
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; the runtime's choice if left out.")
+    int | None, typer.Option(min=1, max=256, help="CPU threads; the runtime's choice if left out.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 SamplerName = Annotated[

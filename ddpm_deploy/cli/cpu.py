@@ -58,24 +58,28 @@ def build_for_cpu(
         DDPMDeployError: As from `build_fastest`; or no runtime has the precision.
     """
     from ddpm_deploy.engines import open_engine
-    from ddpm_deploy.engines.base import check_path, needs
-    from ddpm_deploy.engines.tune import build_fastest, installed_runtimes, still_holds
+    from ddpm_deploy.engines.base import check_path
+    from ddpm_deploy.engines.tune import build_fastest, still_holds
     from ddpm_deploy.verify.likeness import Exact
 
     check_path(graph)
+    refuse_engine(graph, runtime=runtime, precision=precision)
     own = precision_of(graph)
     precision = precision or own
+    if own not in {"fp32", precision}:
+        raise EngineBuildError(
+            f"{graph} is in {own} already; {precision} cannot be made of it.",
+            hint="Start from the graph that export wrote.",
+        )
     if exact is None and own == "fp32":
         exact = graph
     name = _SUFFIX[runtime] if precision == "fp32" else f"{precision}.{_SUFFIX[runtime]}"
     output = output or graph.with_suffix(f".{name}.onnx")
     if output.suffix != ".onnx":
         raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
-    wanted = _runtimes(runtime, precision, installed_runtimes(), fuse_step=fuse_step)
-    if "openvino" in wanted:
-        with needs("openvino", extra="openvino"):
-            import openvino  # noqa: F401  (say so before the work)
-    records = _records(graph, wanted, precision, fuse_step, threads, budget)
+    wanted = runtimes_for(runtime, precision, graph, fuse_step=fuse_step, device=device)
+    allowed = budget if decibels is None else decibels
+    records = _records(graph, wanted, precision, fuse_step, threads, allowed, device)
     before = None if force or runtime != "auto" else _recorded(output)
     if before is not None and still_holds(before, records[0], wanted):
         note(f"measured here before for {graph}: {_times(before)}; --force measures again")
@@ -106,10 +110,39 @@ def build_for_cpu(
         typer.echo(built.path)
 
 
-def _runtimes(
-    runtime: str, precision: Precision, there: list[Runtime], *, fuse_step: bool
+def refuse_engine(graph: Path, *, runtime: str | None, precision: Precision | None) -> None:
+    """Refuses a graph that is an engine; one of ONNX Runtime in float32 may be built again.
+
+    Raises:
+        EngineBuildError: It was built for a runtime.
+    """
+    record = _recorded(graph)
+    if record is None:
+        return
+    again = record.runtime == runtime == "onnxruntime" and record.precision == "fp32"
+    if not again or precision not in {None, "fp32"}:
+        raise EngineBuildError(
+            f"{graph} is an engine already, for {record.runtime}.",
+            hint="Build from the graph that export wrote: ddpm-deploy build unet.onnx",
+        )
+
+
+def runtimes_for(
+    runtime: str, precision: Precision, graph: Path, *, fuse_step: bool, device: str
 ) -> list[Runtime]:
-    """Returns what to build for: one runtime, or all that are installed and have the precision."""
+    """Returns what to build for: one runtime, or all that are installed and have the precision.
+
+    Raises:
+        EngineBuildError: There is none that does what is asked.
+        MissingDependencyError: OpenVINO is named, and is not installed.
+    """
+    from ddpm_deploy.engines.base import needs
+    from ddpm_deploy.engines.tune import installed_runtimes
+    from ddpm_deploy.fused import METADATA_KEY
+    from ddpm_deploy.onnx_metadata import read_metadata
+
+    there = installed_runtimes()
+    fuse_step = fuse_step or METADATA_KEY in read_metadata(graph)
     if precision == "fp16" and runtime != "onnxruntime":
         raise EngineBuildError(
             "No runtime here computes in half precision on a CPU; they widen it to float32.",
@@ -123,13 +156,22 @@ def _runtimes(
     if fuse_step and runtime == "openvino":
         raise EngineBuildError(
             "OpenVINO's engine has no fused step: its loop runs in NumPy.",
-            hint="Leave --fuse-step out, or type --runtime onnxruntime.",
+            hint="Start from the graph that export wrote, without --fuse-step; or type --runtime "
+            "onnxruntime.",
         )
+    if device == "cuda" and runtime == "openvino":
+        raise EngineBuildError(
+            "OpenVINO's engine runs on the CPU, and --device is cuda.",
+            hint="Leave --device out, or type --runtime onnxruntime.",
+        )
+    if runtime == "openvino":
+        with needs("openvino", extra="openvino"):
+            import openvino  # noqa: F401  (say so before the work)
     named: dict[str, Runtime] = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
     if runtime in named:
         return [named[runtime]]
     able: list[Runtime] = ["openvino"] if precision == "bf16" else ["onnxruntime", "openvino"]
-    if fuse_step:
+    if fuse_step or device == "cuda":
         able = ["onnxruntime"]
     return [each for each in able if each in there] or able[:1]
 
@@ -141,6 +183,7 @@ def _records(
     fuse_step: bool,
     threads: int | None,
     budget: float | None,
+    device: str,
 ) -> list[RuntimeRecord]:
     """Returns what each engine would say of itself, before anything is measured."""
     from ddpm_deploy.doctor import read_system
@@ -154,6 +197,7 @@ def _records(
 
         files += weight_files(graph)
     digest, machine = sha256(*files), this_machine(read_system(runtimes=()).cpu)
+    machine["device"] = device
     return [
         RuntimeRecord(
             runtime=runtime,
@@ -238,7 +282,8 @@ def _say(graph: Path, built: Built) -> None:
     apart = f"at most {built.deviation:.1e} of the peak from" if built.deviation else "the same as"
     step = " with its step fused" if record.fused else ""
     precision = {"fp32": "float32", "bf16": "bfloat16"}.get(record.precision, record.precision)
-    plan = " (for a TensorRT plan name its precision: --fp16)" if precision == "float32" else ""
+    float32 = precision == "float32" and record.runtime == "onnxruntime" and not record.milliseconds
+    plan = " (for a TensorRT plan name its precision: --fp16)" if float32 else ""
     note(
         f"built for {built.runtime} in {precision}{step}{plan}: {apart} {graph}; opens in "
         f"{built.load_seconds:.2f} s, the graph in {built.graph_load_seconds:.2f} s"

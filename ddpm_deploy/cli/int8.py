@@ -71,30 +71,48 @@ def build_int8(
         force: As in `build_for_cpu`.
         json: Print the result as JSON.
     """
-    from ddpm_deploy.cli.cpu import build_for_cpu, precision_of
+    from ddpm_deploy.cli.cpu import build_for_cpu, precision_of, refuse_engine, runtimes_for
     from ddpm_deploy.engines.base import check_path, needs
 
     check_path(graph)
+    refuse_engine(graph, runtime=None, precision="int8")
     float32 = precision_of(graph) == "fp32"
-    place = graph.with_suffix(".int8.onnx") if float32 or runtime == "onnxruntime" else graph
-    if runtime == "onnxruntime" and output is not None:
-        place = output
-    if place.suffix != ".onnx":
-        raise typer.BadParameter(f"{place} must end in .onnx", param_hint="--output")
-    if place.resolve() == graph.resolve() and (float32 or runtime == "onnxruntime"):
+    alone = runtime == "onnxruntime"
+    short = {"openvino": "ov"}.get(runtime, "cpu")
+    place = graph.with_suffix(".int8.onnx") if float32 or alone else graph
+    if alone:
+        place = output or place
+    final = place if alone else output or graph.with_suffix(f".int8.{short}.onnx")
+    for each in (place, final):
+        if each.suffix != ".onnx":
+            raise typer.BadParameter(f"{each} must end in .onnx", param_hint="--output")
+    if final.resolve() in {graph.resolve(), *(() if alone else (place.resolve(),))} or (
+        place is not graph and place.resolve() == graph.resolve()
+    ):
         raise EngineBuildError(
-            f"The engine would overwrite the graph it is built from, {graph}.",
-            hint="Name another file: -o unet.int8.onnx",
+            f"The engine would overwrite the graph it is built from, {final}.",
+            hint="Name another file with -o.",
         )
+    if not alone:
+        runtimes_for(runtime, "int8", graph, fuse_step=fuse_step, device=device)
     with needs("onnx", extra="export"):
         from ddpm_deploy.export.fuse_step import fuse_step as fuse
         from ddpm_deploy.export.onnx_file import write_graph
     quantised = _quantise(graph, psnr=psnr, data=data, threads=threads)
+    known = quantised.psnr
+    if not float32 and psnr is not None and (known is None or known < psnr):
+        found = "does not say how near to float32 it is" if known is None else f"is {known:.1f} dB"
+        raise EngineBuildError(
+            f"{graph} {found} from float32; {psnr:g} are asked for."
+            if known is not None
+            else f"{graph} {found}; {psnr:g} dB are asked for.",
+            hint="Start from the float32 graph that export wrote.",
+        )
     if place is not graph:
         written = fuse(quantised.model) if fuse_step else quantised.model
         write_graph(written, place)
-    _say(quantised, place)
-    if runtime == "onnxruntime":
+    _say(quantised, place, graph, alone=alone)
+    if alone:
         if json:
             print_json(
                 {
@@ -108,10 +126,9 @@ def build_int8(
         else:
             typer.echo(place)
         return
-    short = {"openvino": "ov"}.get(runtime, "cpu")
     build_for_cpu(
         place,
-        output or graph.with_suffix(f".int8.{short}.onnx"),
+        final,
         runtime=runtime,
         precision="int8",
         fuse_step=fuse_step,
@@ -138,12 +155,11 @@ def _quantise(
     )
 
 
-def _say(quantised: Quantised, place: Path) -> None:
+def _say(quantised: Quantised, place: Path, graph: Path, *, alone: bool) -> None:
     if quantised.floats:
         note(f"back in float32, the worst first: {', '.join(quantised.floats)}")
     if quantised.psnr is not None:
         note(f"its loop's worst image is {quantised.psnr:.1f} dB from float32's")
-    note(
-        f"a plan is built of it as it is: ddpm-deploy build {place} --int8 --runtime tensorrt; "
-        "for an Intel CPU: --runtime openvino"
-    )
+    if alone:
+        note(f"a plan is built of it as it is: ddpm-deploy build {place} --int8 --runtime tensorrt")
+        note(f"for an Intel CPU: ddpm-deploy build {graph} --int8 --runtime openvino")

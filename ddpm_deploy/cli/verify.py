@@ -7,6 +7,8 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -88,8 +90,8 @@ def command(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="What may differ: a .toml file, or fp32, tf32, fp16, bf16, int8; by the engine's "
-            "precision if left out."
+            help="What may differ: a .toml file, or fp32, tf32, fp16, bf16, int8, or psnr=35 "
+            "besides the engine's own; by its precision if left out."
         ),
     ] = None,
     local: Annotated[
@@ -138,7 +140,8 @@ def command(
             "it draws the timesteps that --steps would choose; leave one of them out",
             param_hint="--timesteps",
         )
-    allowed = _budget(budget)
+    decibels = _decibels(budget)
+    allowed = None if decibels is not None else _budget(budget)
     places = [path.resolve() for path in output or ()]
     if twice := next((path for path in places if places.count(path) > 1), None):
         raise typer.BadParameter(f"{twice} is named twice", param_hint="--output")
@@ -172,8 +175,11 @@ def command(
                 reference,
                 recipe,
                 range(count),
-                budget=(allowed or default_budget(deployed)).changed(
-                    local=local, accumulated=accumulated, pixels=pixels
+                budget=replace(
+                    given := (allowed or default_budget(deployed)).changed(
+                        local=local, accumulated=accumulated, pixels=pixels
+                    ),
+                    psnr=given.psnr if decibels is None else decibels,
                 ),
                 command=sys.argv,
                 on_start=watch.start,
@@ -210,6 +216,19 @@ def _check_loop(ctx: typer.Context, sides: Mapping[Path, Side]) -> None:
                 f"{path} says what loop it is, its images and its noise; leave --{typed[0]} out",
                 param_hint=f"--{typed[0]}",
             )
+
+
+def _decibels(text: str | None) -> float | None:
+    """Reads `--budget psnr=35`: the engine's own budget, and so many decibels for the pictures."""
+    if text is None or not text.startswith("psnr="):
+        return None
+    try:
+        found = float(text.removeprefix("psnr="))
+    except ValueError:
+        found = nan
+    if not isfinite(found):
+        raise typer.BadParameter(f"{text!r} is no number of decibels", param_hint="--budget")
+    return found
 
 
 def _budget(text: str | None) -> Budget | None:

@@ -88,7 +88,7 @@ def build_engine(
     if output.resolve() == graph.resolve():
         raise EngineBuildError(
             f"The engine would overwrite the graph it is built from, {graph}.",
-            hint="Name another file: -o unet.ort.onnx",
+            hint="Name another file with -o.",
         )
     source, graph_seconds = _open(graph, threads, device)
     with source, whole_file(output) as partial:

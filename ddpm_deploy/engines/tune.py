@@ -50,7 +50,7 @@ def installed_runtimes() -> list[Runtime]:
 
 def this_machine(processor: str | None) -> dict[str, str]:
     """Returns what a measurement holds for: the processor, and the runtimes with their versions."""
-    found = {"processor": processor or "unknown", "cores": str(os.cpu_count() or 1)}
+    found = {"processor": processor or "unknown", "cores": str(len(os.sched_getaffinity(0)))}
     owners = metadata.packages_distributions()  # onnxruntime-gpu has the module onnxruntime
     for name in installed_runtimes():
         packages = sorted({*owners.get(name, ())})
@@ -183,7 +183,10 @@ def build_fastest(
         except _UnlikeError as error:
             if record.precision != "int8" or record.arithmetic == "f32":
                 raise
-            on_progress(f"{error} Float32 between the int8 layers, then.")
+            on_progress(
+                f"{error.args[0].split(';')[0]} with bfloat16 between the int8 layers: "
+                "float32 there, then"
+            )
             return build(replace(record, arithmetic="f32", shift=()), place)
 
     if len(records) == 1:

@@ -165,7 +165,7 @@ def shift_output(model: onnx.ModelProto, shift: Array) -> onnx.ModelProto:
     graph.initializer.append(
         numpy_helper.from_array(np.asarray(-shift, np.float32).reshape(1, -1, *[1] * dims), mean)
     )
-    graph.node.append(helper.make_node("Add", [exact, mean], ["out"], name="out.shift"))
+    graph.node.append(helper.make_node("Add", [exact, mean], ["out"], name=f"{exact}.shift"))
     return copy
 
 

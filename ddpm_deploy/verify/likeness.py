@@ -12,6 +12,7 @@ from ddpm_deploy.arrays import Array, Samples, Timesteps
 from ddpm_deploy.engines.base import Engine
 from ddpm_deploy.images import is_picture, to_pixels
 from ddpm_deploy.noise import SeededNoise
+from ddpm_deploy.parity import example_conditions
 from ddpm_deploy.run import Recipe, sample
 from ddpm_deploy.sampling import denoise
 from ddpm_deploy.spec import ModelSpec
@@ -66,8 +67,7 @@ class Exact:
     @cached_property
     def _calls(self) -> list[tuple[Samples, Timesteps, Mapping[str, Array], Samples]]:
         with self.opened() as engine:
-            steps = min(SHIFT_STEPS, engine.spec.schedule.T)
-            recipe = Recipe(sampler="ddim", steps=steps, eta=0.0, seed=_SHIFT_SEED)
+            recipe = _recipe(engine.spec, SHIFT_STEPS, seed=_SHIFT_SEED)
             images = range(SHIFT_IMAGES)
             conditions = recipe.conditions(engine, images)
             noise = SeededNoise(_SHIFT_SEED, images, engine.spec.sample_shape)
@@ -97,8 +97,18 @@ def short_loop(engine: Engine, *, steps: int = STEPS, images: int = IMAGES) -> S
     Raises:
         EngineError: The engine failed.
     """
-    steps = min(steps, engine.spec.schedule.T)
-    return sample(engine, Recipe(sampler="ddim", steps=steps, eta=0.0), range(images))
+    return sample(engine, _recipe(engine.spec, steps, seed=0), range(images))
+
+
+def _recipe(spec: ModelSpec, steps: int, *, seed: int) -> Recipe:
+    """Returns a DDIM loop, observing standard normal numbers where the network observes."""
+    drawn = example_conditions(spec, SHIFT_IMAGES)
+    observed = {
+        c.name: tuple(tuple(row) for row in drawn[c.name].reshape(SHIFT_IMAGES, -1).tolist())
+        for c in spec.observations
+    }
+    steps = min(steps, spec.schedule.T)
+    return Recipe(sampler="ddim", steps=steps, eta=0.0, seed=seed, observations=observed)
 
 
 def psnr(given: Samples, wanted: Samples, spec: ModelSpec) -> float:

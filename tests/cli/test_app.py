@@ -40,9 +40,19 @@ def test_help_lists_every_command_in_the_order_of_a_model_s_life() -> None:
 
 def test_each_file_of_the_room_is_a_command() -> None:
     room = Path(app_module.__file__).parent
-    # `facts` is what inspect says, `plan` and `cpu` are parts of build, `rebuild` is of sample,
+    # `facts` is what inspect says; `plan`, `cpu` and `int8` are parts of build, `rebuild` of sample,
     # `describe_checkpoint` what export and inspect say of a checkpoint.
-    shared = {"__init__", "app", "common", "cpu", "describe_checkpoint", "facts", "plan", "rebuild"}
+    shared = {
+        "__init__",
+        "app",
+        "common",
+        "cpu",
+        "describe_checkpoint",
+        "facts",
+        "int8",
+        "plan",
+        "rebuild",
+    }
     files = {path.stem for path in room.glob("*.py")} - shared
     assert files == set(COMMANDS)
 

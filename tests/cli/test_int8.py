@@ -138,3 +138,16 @@ def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
     outcome = run("build", "unet.onnx", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert message in " ".join(outcome.err.replace("│", " ").split())
+
+
+# --- What must not be lost, and what is checked before the work ---
+
+
+def test_the_graph_is_never_overwritten(folder: Path) -> None:
+    before = contents(folder)
+    for runtime in ("openvino", "auto", "onnxruntime"):
+        outcome = run("build", "unet.onnx", "--int8", "--runtime", runtime, "-o", "unet.onnx")
+        assert "would overwrite the graph it is built from" in refusal(outcome)
+    for extra in (["--fuse-step"], ["--device", "cuda"], ["-o", "unet.int8.onnx"]):
+        refusal(run("build", "unet.onnx", "--int8", "--runtime", "openvino", *extra))
+    assert contents(folder) == before

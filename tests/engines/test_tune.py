@@ -168,7 +168,9 @@ def test_int8_that_bfloat16_spoils_has_float32_between_its_layers(graph: Path) -
         on_progress=told.append,
     )
     assert (built.record.arithmetic, built.record.psnr) == ("f32", 33.0)
-    assert any("Float32 between the int8 layers, then." in line for line in told)
+    assert any(
+        "with bfloat16 between the int8 layers: float32 there, then" in line for line in told
+    )
 
 
 def test_what_the_mean_is_off_by_is_taken_off(graph: Path) -> None:
