@@ -40,8 +40,8 @@ def test_help_lists_every_command_in_the_order_of_a_model_s_life() -> None:
 
 def test_each_file_of_the_room_is_a_command() -> None:
     room = Path(app_module.__file__).parent
-    # `facts` is what inspect says; `plan`, `cpu` and `int8` are parts of build, `rebuild` of sample,
-    # `describe_checkpoint` what export and inspect say of a checkpoint.
+    # `facts` is what inspect says; `plan`, `cpu` and `int8` are parts of build, `rebuild` is one of
+    # sample, `describe_checkpoint` what export and inspect say of a checkpoint.
     shared = {
         "__init__",
         "app",
