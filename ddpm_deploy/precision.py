@@ -15,6 +15,9 @@ from ddpm_deploy.errors import SpecError
 METADATA_KEY = "ddpm_deploy.precision"
 """Key in an ONNX file's `metadata_props` under which one in mixed precision says so."""
 
+ALIKE = 120.0
+"""Decibels that are recorded where all numbers agree."""
+
 Half = Literal["fp16", "bf16"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 

@@ -73,8 +73,7 @@ def build_for_cpu(
         )
     if exact is None and own == "fp32":
         exact = graph
-    name = _SUFFIX[runtime] if precision == "fp32" else f"{precision}.{_SUFFIX[runtime]}"
-    output = output or graph.with_suffix(f".{name}.onnx")
+    output = output or default_output(graph, runtime, precision)
     if output.suffix != ".onnx":
         raise typer.BadParameter(f"{output} must end in .onnx", param_hint="--output")
     wanted = runtimes_for(runtime, precision, graph, fuse_step=fuse_step, device=device)
@@ -110,6 +109,12 @@ def build_for_cpu(
         typer.echo(built.path)
 
 
+def default_output(graph: Path, runtime: str, precision: Precision) -> Path:
+    """Returns what an engine is called where nobody says: `unet.bf16.ov.onnx`."""
+    name = _SUFFIX[runtime] if precision == "fp32" else f"{precision}.{_SUFFIX[runtime]}"
+    return graph.with_suffix(f".{name}.onnx")
+
+
 def refuse_engine(graph: Path, *, runtime: str | None, precision: Precision | None) -> None:
     """Refuses a graph that is an engine; one of ONNX Runtime in float32 may be built again.
 
@@ -136,8 +141,7 @@ def runtimes_for(
         EngineBuildError: There is none that does what is asked.
         MissingDependencyError: OpenVINO is named, and is not installed.
     """
-    from ddpm_deploy.engines.base import needs
-    from ddpm_deploy.engines.tune import installed_runtimes
+    from ddpm_deploy.engines.base import installed_runtimes, needs
     from ddpm_deploy.fused import METADATA_KEY
     from ddpm_deploy.onnx_metadata import read_metadata
 

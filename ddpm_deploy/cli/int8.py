@@ -71,18 +71,23 @@ def build_int8(
         force: As in `build_for_cpu`.
         json: Print the result as JSON.
     """
-    from ddpm_deploy.cli.cpu import build_for_cpu, precision_of, refuse_engine, runtimes_for
+    from ddpm_deploy.cli.cpu import (
+        build_for_cpu,
+        default_output,
+        precision_of,
+        refuse_engine,
+        runtimes_for,
+    )
     from ddpm_deploy.engines.base import check_path, needs
 
     check_path(graph)
     refuse_engine(graph, runtime=None, precision="int8")
     float32 = precision_of(graph) == "fp32"
     alone = runtime == "onnxruntime"
-    short = {"openvino": "ov"}.get(runtime, "cpu")
     place = graph.with_suffix(".int8.onnx") if float32 or alone else graph
     if alone:
         place = output or place
-    final = place if alone else output or graph.with_suffix(f".int8.{short}.onnx")
+    final = place if alone else output or default_output(graph, runtime, "int8")
     for each in (place, final):
         if each.suffix != ".onnx":
             raise typer.BadParameter(f"{each} must end in .onnx", param_hint="--output")
@@ -101,11 +106,9 @@ def build_int8(
     quantised = _quantise(graph, psnr=psnr, data=data, threads=threads)
     known = quantised.psnr
     if not float32 and psnr is not None and (known is None or known < psnr):
-        found = "does not say how near to float32 it is" if known is None else f"is {known:.1f} dB"
+        found = "an unknown distance" if known is None else f"{known:.1f} dB"
         raise EngineBuildError(
-            f"{graph} {found} from float32; {psnr:g} are asked for."
-            if known is not None
-            else f"{graph} {found}; {psnr:g} dB are asked for.",
+            f"{graph} is {found} from float32; {psnr:g} dB are asked for.",
             hint="Start from the float32 graph that export wrote.",
         )
     if place is not graph:

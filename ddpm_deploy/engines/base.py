@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from ddpm_deploy.errors import EngineError, EngineInputError, MissingDependencyE
 from ddpm_deploy.files import sha256
 from ddpm_deploy.onnx_metadata import read_metadata
 from ddpm_deploy.precision import Precision
-from ddpm_deploy.runtime import METADATA_KEY, read_runtime
+from ddpm_deploy.runtime import METADATA_KEY, Runtime, read_runtime
 from ddpm_deploy.sampling import Transition
 from ddpm_deploy.spec import ModelSpec
 
@@ -314,10 +314,15 @@ def open_engine(
             return TorchEngine.open(path, threads=threads, device=device, spec=spec, model=model)
 
 
+def installed_runtimes() -> list[Runtime]:
+    """Returns the runtimes for a CPU that are there, without importing them."""
+    return [name for name in get_args(Runtime) if find_spec(name) is not None]
+
+
 def _open_onnx(path: Path, *, threads: int | None, device: str) -> Engine:
     record = read_runtime(read_metadata(path).get(METADATA_KEY), source=str(path))
-    there = {name for name in ("onnxruntime", "openvino") if find_spec(name) is not None}
-    runtime = record.runtime if record else "openvino" if there == {"openvino"} else "onnxruntime"
+    alone = installed_runtimes() == ["openvino"]
+    runtime = record.runtime if record else "openvino" if alone else "onnxruntime"
     if runtime == "openvino":
         with needs("openvino", extra="openvino"):
             from ddpm_deploy.engines.openvino import OpenVinoEngine  # noqa: PLC0415

@@ -178,7 +178,7 @@ class OpenVinoEngine(Engine):
         return {
             "engine": self.sha256,
             "runtime": openvino.__version__,
-            "device": str(self._core.get_property("CPU", "FULL_DEVICE_NAME")),
+            "device": processor(),
             "abilities": " ".join(self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
             "batch": str(n),
             "settings": repr(sorted(settings.items())),

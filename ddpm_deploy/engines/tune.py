@@ -8,21 +8,18 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from ddpm_deploy.arrays import Array
-from ddpm_deploy.engines.base import Engine, open_engine
+from ddpm_deploy.engines.base import Engine, installed_runtimes, open_engine
 from ddpm_deploy.engines.build import Built, Tune, Write, build_engine
 from ddpm_deploy.engines.race import race, winner
 from ddpm_deploy.errors import DDPMDeployError, EngineBuildError
+from ddpm_deploy.precision import ALIKE
 from ddpm_deploy.runtime import Runtime, RuntimeRecord
 from ddpm_deploy.tuning import BatchTime, best_batch
-
-ALIKE = 120.0
-"""Decibels that are recorded where all numbers agree."""
 
 LONGEST = 3.0
 """Seconds that the calls of one batch may take while the best batch is looked for."""
@@ -40,12 +37,6 @@ class Judge(Protocol):
 
 Reopen = Callable[[RuntimeRecord], Engine]
 """Opens an engine as another record says."""
-
-
-def installed_runtimes() -> list[Runtime]:
-    """Returns the runtimes for a CPU that are there, without importing them."""
-    known: list[Runtime] = ["onnxruntime", "openvino"]
-    return [name for name in known if find_spec(name) is not None]
 
 
 def this_machine(processor: str | None) -> dict[str, str]:

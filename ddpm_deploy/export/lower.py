@@ -75,10 +75,11 @@ def lower_graph(graph: Path, runtime: Runtime, *, fuse: bool = False) -> onnx.Mo
 
 def write_engine(model: onnx.ModelProto, record: RuntimeRecord, output: Path) -> None:
     """Writes a lowered graph with what it says of itself, and its output's mean put right."""
-    engine = onnx.ModelProto()
-    engine.CopyFrom(model)
     if record.shift:
-        engine = shift_output(engine, np.array(record.shift, np.float32))
+        engine = shift_output(model, np.array(record.shift, np.float32))
+    else:
+        engine = onnx.ModelProto()
+        engine.CopyFrom(model)
     said = {**metadata(model), METADATA_KEY: record.to_json()}
     helper.set_model_props(engine, said)
     save_graph(engine, output)

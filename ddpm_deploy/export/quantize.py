@@ -44,7 +44,7 @@ from ddpm_deploy.export.ranges import Magnitudes, best_range
 from ddpm_deploy.fused import METADATA_KEY as FUSED_KEY
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.parity import relative_error
-from ddpm_deploy.precision import METADATA_KEY, LoopRecord, PrecisionRecord, read_precision
+from ddpm_deploy.precision import ALIKE, METADATA_KEY, LoopRecord, PrecisionRecord, read_precision
 from ddpm_deploy.sampling import denoise
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.verify.likeness import psnr
@@ -56,9 +56,6 @@ LOOP_STEPS = 50
 LOOP_IMAGES = 2
 BUCKETS = 12
 BUCKET_IMAGES = 4
-
-ALIKE = 120.0
-"""Decibels that are recorded where all numbers agree."""
 
 _CALIBRATION_SEED = 1
 _LOOP_SEED = 0  # another noise than the one that the ranges were taken on

@@ -14,7 +14,7 @@ from ddpm_deploy.images import is_picture, to_pixels
 from ddpm_deploy.noise import SeededNoise
 from ddpm_deploy.parity import example_conditions
 from ddpm_deploy.run import Recipe, sample
-from ddpm_deploy.sampling import denoise
+from ddpm_deploy.sampling import SelfConditioned, denoise
 from ddpm_deploy.spec import ModelSpec
 from ddpm_deploy.verify.measures import Errors, PictureErrors
 
@@ -71,15 +71,19 @@ class Exact:
             images = range(SHIFT_IMAGES)
             conditions = recipe.conditions(engine, images)
             noise = SeededNoise(_SHIFT_SEED, images, engine.spec.sample_shape)
+            sees = engine.spec.self_condition
             found: list[tuple[Samples, Timesteps, Mapping[str, Array], Samples]] = []
-            for step in denoise(recipe.predictor(engine, images), recipe.table(engine.spec), noise):
-                t = np.full(SHIFT_IMAGES, step.t, np.int64)
+
+            def kept(x: Samples, t: Timesteps, before: Samples | None = None) -> Samples:
                 seen = dict(conditions)
-                if sees := engine.spec.self_condition:
-                    seen[sees.name] = (
-                        np.zeros_like(step.x_t) if step.before is None else step.before
-                    )
-                found.append((step.x_t, t, seen, engine(step.x_t, t, **seen)))
+                if sees is not None:
+                    seen[sees.name] = np.zeros_like(x) if before is None else before
+                found.append((x, t, seen, engine(x, t, **seen)))
+                return found[-1][-1]
+
+            predictor = kept if sees is None else SelfConditioned(predict=kept)
+            for _ in denoise(predictor, recipe.table(engine.spec), noise):
+                pass
             return found
 
 
